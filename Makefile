@@ -1,0 +1,50 @@
+# Two commands for trying and testing; `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check e2e bench lock docs-reference clean
+
+help: ## list the commands
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
+
+run: $(VENV)/run.stamp ## a demonstration with a broker of its own and five sample records
+	@$(BIN)/python -m tools.demo
+
+test: $(VENV)/dev.stamp ## install and start what the tests need, run them all, stop it all
+	@sh tools/packages.sh rabbitmq postgresql
+	$(BIN)/python -m pytest tests --cov --cov-report=term:skip-covered -q
+
+check: $(VENV)/dev.stamp ## format, lint, types, import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+e2e: $(VENV)/dev.stamp ## 200 records through a real broker, a real CDCS and the archive, compared byte by byte
+	@sh tools/packages.sh rabbitmq
+	@$(BIN)/python -m tools.e2e
+
+bench: $(VENV)/dev.stamp ## queue to confirmed outcome, beside a bare aio-pika loop and FastStream
+	@sh tools/packages.sh rabbitmq
+	@$(BIN)/python -m benchmarks.overhead
+
+docs-reference: $(VENV)/dev.stamp ## write the schemas in docs/reference from the models
+	$(BIN)/nexus-export schema --write docs/reference
+
+lock: $(VENV)/dev.stamp ## pin the requirements anew
+	$(BIN)/pip install -q uv
+	$(BIN)/uv pip compile pyproject.toml --generate-hashes --no-emit-index-url --no-header --no-annotate --python-version 3.11 -o requirements/run.txt
+	$(BIN)/uv pip compile pyproject.toml --extra dev -c requirements/run.txt --generate-hashes --no-emit-index-url --no-header --no-annotate --python-version 3.11 -o requirements/dev.txt
+
+clean: ## remove what the commands above made
+	rm -rf $(VENV) .demo .services .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(VENV)/run.stamp: requirements/run.txt pyproject.toml
+	@sh tools/venv.sh $(PYTHON) $(VENV) requirements/run.txt
+	@touch $@
+
+$(VENV)/dev.stamp: requirements/dev.txt pyproject.toml
+	@sh tools/venv.sh $(PYTHON) $(VENV) requirements/dev.txt
+	@touch $@ $(VENV)/run.stamp
