@@ -1,0 +1,1 @@
+"""What the durable path costs, measured beside programs without it."""

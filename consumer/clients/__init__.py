@@ -1,0 +1,1 @@
+"""For record builders and listeners."""

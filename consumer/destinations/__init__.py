@@ -1,0 +1,1 @@
+"""Where records go: one file each, found by the registry; see ``contract.py`` for how to write one."""

@@ -1,0 +1,1 @@
+"""The way of a record: intake, snapshot, engine, decide, retry, lanes, outbox."""

@@ -1,0 +1,1 @@
+"""What is remembered: tables, connection and the transactions on them; the only door to SQLAlchemy."""

@@ -1,0 +1,374 @@
+"""Events that come in and go out: CloudEvents 1.0 over AMQP, and the data inside them.
+
+``parse_built`` turns the body and headers of a delivery into a frozen ``BuiltEvent`` or raises
+``PoisonEventError``; ``outcome_body`` writes what listeners get. The models are also the source of the JSON
+Schemas and the AsyncAPI document in ``docs/reference``.
+"""
+
+import hashlib
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    StrictInt,
+    StringConstraints,
+    Tag,
+    ValidationError,
+)
+from pydantic_core import from_json, to_json
+
+from consumer.errors import PoisonEventError
+
+BUILT = "record.built"
+EXPORTED = "record.exported"
+EXPORT_FAILED = "record.export_failed"
+STRUCTURED_TYPE = "application/cloudevents+json"
+SCHEMA_BASE = "urn:nexus-export:schema:"
+INLINE_LIMIT_BYTES = 1024 * 1024
+REPLAY_HEADER = "nexus-replay-of"
+
+_PREFIXES = ("cloudEvents_", "cloudEvents:")
+_ATTRIBUTES = ("id", "source", "type", "specversion", "subject", "time", "dataschema", "traceparent")
+
+
+def _only_text(value: Any) -> Any:
+    """Refuse numbers as times: a bare 0 would silently mean 1970."""
+    if not isinstance(value, str | datetime):
+        message = "must be an RFC 3339 text with a zone"
+        raise ValueError(message)  # noqa: TRY004 - pydantic turns only ValueError into a validation error
+    return value
+
+
+Moment = Annotated[AwareDatetime, BeforeValidator(_only_text)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=255)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$", to_lower=True)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class RecordByPath(_Frozen):
+    """A record file, relative to ``NX_RECORDS_PATH``."""
+
+    path: Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+    sha256: Sha256
+    size: Annotated[StrictInt, Field(ge=0)]
+
+
+class RecordInline(_Frozen):
+    """A record inside the event, up to 1 MiB as UTF-8."""
+
+    name: Name
+    content: str
+    sha256: Sha256
+    size: Annotated[StrictInt, Field(ge=0)]
+
+
+def _record_kind(value: Any) -> str:
+    inline = "content" in value if isinstance(value, Mapping) else isinstance(value, RecordInline)
+    return "inline" if inline else "path"
+
+
+class Activity(_Frozen):
+    """One acquisition activity: its files (only named), their previews, its time and its setup."""
+
+    files: tuple[str, ...] = ()
+    previews: tuple[str | None, ...] = ()
+    start: Moment | None = None
+    end: Moment | None = None
+    setup: dict[str, Any] = Field(default_factory=dict)
+
+
+class Reservation(_Frozen):
+    """The calendar reservation of the session; every field may be missing."""
+
+    username: str | None = None
+    user_email: str | None = None
+    user_first_name: str | None = None
+    user_last_name: str | None = None
+    title: str | None = None
+    purpose: str | None = None
+    samples: tuple[Any, ...] = ()
+    projects: tuple[Any, ...] = ()
+    url: str | None = None
+
+
+class RecordBuilt(_Frozen):
+    """Data of ``record.built``. What is missing is read from the record itself."""
+
+    session_identifier: Name
+    record: Annotated[
+        Annotated[RecordByPath, Tag("path")] | Annotated[RecordInline, Tag("inline")],
+        Discriminator(_record_kind),
+    ]
+    instrument_pid: Name | None = None
+    dt_from: Moment | None = None
+    dt_to: Moment | None = None
+    user: str | None = None
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    activities: tuple[Activity, ...] = ()
+    reservation: Reservation | None = None
+    destinations: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    strategy: str | None = None
+
+
+class Envelope(_Frozen):
+    """The CloudEvents attributes that matter here; unknown extensions are kept in the stored event."""
+
+    specversion: Literal["1.0"]
+    id: Annotated[str, StringConstraints(min_length=1, max_length=512)]
+    source: Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+    type: Annotated[str, StringConstraints(min_length=1)]
+    subject: str | None = None
+    time: Moment | None = None
+    dataschema: str | None = None
+    traceparent: str | None = None
+
+
+class DestinationResult(_Frozen):
+    """What became of the record at one destination."""
+
+    destination: str
+    success: StrictBool
+    skipped: StrictBool = False
+    action: Literal["created", "updated", "unchanged", "linked", "none"] = "none"
+    record_id: str | None = None
+    record_url: str | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+    next_action: Literal["none", "replay", "fix_config", "fix_record"] = "none"
+    attempts: int = 0
+    timestamp: Moment | None = None
+    metadata: dict[str, Any] = Field(default_factory=dict)
+
+
+class Cause(_Frozen):
+    """The event that an outcome answers."""
+
+    source: str
+    id: str
+
+
+class Outcome(_Frozen):
+    """Data of ``record.exported`` and ``record.export_failed``.
+
+    ``results`` are in the order tried. Of several outcomes of one job the highest ``revision`` holds.
+    ``error_code`` is set where no destination was tried at all (``invalid_event``, ``no_destination``).
+    """
+
+    session_identifier: str
+    status: Literal["COMPLETED", "BUILT_NOT_EXPORTED"]
+    revision: int
+    strategy: str
+    cause: Cause
+    superseded_by: Cause | None = None
+    user: str | None = None
+    instrument_pid: str | None = None
+    dt_from: Moment | None = None
+    dt_to: Moment | None = None
+    record: dict[str, Any] = Field(default_factory=dict)
+    results: tuple[DestinationResult, ...] = ()
+    error_code: str | None = None
+    error_message: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEvent:
+    """A valid ``record.built``. ``text`` is the whole event as one structured JSON document."""
+
+    source: str
+    id: str
+    time: datetime | None
+    data: RecordBuilt
+    data_sha256: str
+    text: str
+    traceparent: str | None = None
+
+    @property
+    def job_id(self) -> uuid.UUID:
+        """The job of this event: the same event always names the same job."""
+        return job_id(self.source, self.id)
+
+
+def job_id(source: str, event_id: str) -> uuid.UUID:
+    """Name the job of an event: uuid5 of the event id in the namespace of its source."""
+    return uuid.uuid5(uuid.uuid5(uuid.NAMESPACE_URL, source), event_id)
+
+
+def outcome_id(job: uuid.UUID, revision: int) -> uuid.UUID:
+    """Name an outcome: the same revision of a job is always the same message."""
+    return uuid.uuid5(job, str(revision))
+
+
+def parse_built(body: bytes, *, content_type: str | None, headers: Mapping[str, Any]) -> BuiltEvent:
+    """Read a delivery in structured or binary mode.
+
+    Raises ``PoisonEventError`` with a code and a sentence that says what is wrong and where.
+    """
+    document = _structured(body, content_type, headers)
+    known = _readable(document)
+    try:
+        envelope = Envelope.model_validate(document)
+    except ValidationError as error:
+        raise PoisonEventError("not_cloudevent", _sentence(error), **known) from None
+    if envelope.type != BUILT:
+        raise PoisonEventError("unknown_type", f"type is {envelope.type!r}; this queue takes {BUILT!r}", **known)
+    _refuse_unstorable(body, document, known)
+    try:
+        data = RecordBuilt.model_validate(document.get("data"))
+    except ValidationError as error:
+        raise PoisonEventError("invalid_data", "data." + _sentence(error), **known) from None
+    canonical = json.dumps(document["data"], sort_keys=True, separators=(",", ":")).encode()
+    return BuiltEvent(
+        source=envelope.source,
+        id=envelope.id,
+        time=envelope.time,
+        data=data,
+        data_sha256=hashlib.sha256(canonical).hexdigest(),
+        text=to_json(document).decode(),
+        traceparent=envelope.traceparent,
+    )
+
+
+def restore_built(text: str) -> BuiltEvent:
+    """Read an event back that ``parse_built`` accepted before."""
+    return parse_built(text.encode(), content_type=STRUCTURED_TYPE, headers={})
+
+
+def _structured(body: bytes, content_type: str | None, headers: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring both content modes into one structured document."""
+    try:
+        document = from_json(body, allow_inf_nan=False, cache_strings="keys")
+    except ValueError as error:
+        raise PoisonEventError("not_json", f"the body is not JSON: {error}", **_readable_headers(headers)) from None
+    if isinstance(document, dict) and "specversion" in document:
+        return document
+    attributes = _header_attributes(headers)
+    if attributes and not (content_type or "").startswith("application/cloudevents"):
+        return {**attributes, "data": document}
+    raise PoisonEventError(
+        "not_cloudevent",
+        "neither a JSON object with specversion nor a message with cloudEvents_ headers",
+        session=_session(document),
+    )
+
+
+def _header_attributes(headers: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for prefix in _PREFIXES:
+        for name in _ATTRIBUTES:
+            value = headers.get(prefix + name)
+            if value is not None:
+                found[name] = value.isoformat() if isinstance(value, datetime) else value
+    return found
+
+
+def _readable_headers(headers: Mapping[str, Any]) -> dict[str, str | None]:
+    return _readable({**_header_attributes(headers)})
+
+
+def _readable(document: Mapping[str, Any]) -> dict[str, str | None]:
+    """Collect what can be told to the builder even if the event is refused."""
+
+    def text(value: Any) -> str | None:
+        usable = isinstance(value, str) and 0 < len(value) <= 1024 and "\0" not in value  # noqa: PLR2004
+        return value if usable else None
+
+    session = _session(document.get("data")) or text(document.get("subject"))
+    return {
+        "source": text(document.get("source")),
+        "event_id": text(document.get("id")),
+        "session": session,
+    }
+
+
+def _session(data: Any) -> str | None:
+    value = data.get("session_identifier") if isinstance(data, Mapping) else None
+    return value if isinstance(value, str) and 0 < len(value) <= 255 and "\0" not in value else None  # noqa: PLR2004
+
+
+def _refuse_unstorable(body: bytes, document: Any, known: dict[str, str | None]) -> None:
+    """NUL cannot be stored in PostgreSQL nor sent in XML; a lone surrogate cannot be encoded at all.
+
+    The JSON reader refuses lone surrogates itself; NUL can only come as an escape, so most bodies need no walk.
+    """
+    if b"\\u0000" not in body and b"\0" not in body:
+        return
+    stack = [document]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, str) and "\0" in value:
+            raise PoisonEventError("invalid_text", "a text holds a NUL character", **known)
+        if isinstance(value, Mapping):
+            stack.extend(value.keys())
+            stack.extend(value.values())
+        elif isinstance(value, list):
+            stack.extend(value)
+
+
+def _sentence(error: ValidationError) -> str:
+    """Say the first problem as ``where: what``."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"] if part not in {"path", "inline"} or len(first["loc"]) == 1)
+    return f"{where or 'data'}: {first['msg']}" if where else first["msg"]
+
+
+def outcome_type(outcome: Outcome) -> str:
+    """Return the event type (and routing key) that announces this outcome."""
+    return EXPORTED if outcome.status == "COMPLETED" else EXPORT_FAILED
+
+
+def outcome_body(outcome: Outcome, *, event_id: str, source: str, time: datetime, traceparent: str | None) -> bytes:
+    """Write an outcome as a structured CloudEvent."""
+    kind = outcome_type(outcome)
+    document: dict[str, Any] = {
+        "specversion": "1.0",
+        "id": event_id,
+        "source": source,
+        "type": kind,
+        "subject": outcome.session_identifier,
+        "time": time,
+        "datacontenttype": "application/json",
+        "dataschema": f"{SCHEMA_BASE}{kind}:1",
+    }
+    if traceparent:
+        document["traceparent"] = traceparent
+    document["data"] = outcome
+    return to_json(document)
+
+
+def built_body(
+    data: RecordBuilt, *, event_id: str, source: str, time: datetime, traceparent: str | None = None
+) -> bytes:
+    """Write a ``record.built`` as a structured CloudEvent, for builders and for the commands."""
+    document: dict[str, Any] = {
+        "specversion": "1.0",
+        "id": event_id,
+        "source": source,
+        "type": BUILT,
+        "subject": data.session_identifier,
+        "time": time,
+        "datacontenttype": "application/json",
+        "dataschema": f"{SCHEMA_BASE}{BUILT}:1",
+    }
+    if traceparent:
+        document["traceparent"] = traceparent
+    document["data"] = data.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    return to_json(document)
+
+
+def ordered_results(results: Sequence[DestinationResult]) -> tuple[DestinationResult, ...]:
+    """Bring results into the order tried; what was never tried comes last."""
+    return tuple(sorted(results, key=lambda r: (r.timestamp is None, r.timestamp, r.destination)))

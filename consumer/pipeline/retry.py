@@ -1,0 +1,156 @@
+"""Pure rules after an attempt: what its ending makes of the step, and how long to wait.
+
+Full jitter after https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/ .
+"""
+
+import random
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from consumer.destinations.contract import ExportResult
+from consumer.errors import DestinationError, Misconfigured, Permanent, Transient, UnknownOutcome
+from consumer.store.rows import StepState
+
+#: A paused lane asks its destination again after this many seconds, so that a mended token needs no command.
+PROBE_SECONDS = 60
+
+#: Look-ups after an unknown outcome: quick at first, then once in a while.
+LOOKUP_BASE_SECONDS = 1.0
+LOOKUP_MAX_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Bounds of retries for one destination; ``settle_seconds`` is H, how late its server may still commit."""
+
+    max_attempts: int = 25
+    base_seconds: float = 5.0
+    max_seconds: float = 3600.0
+    max_wait_seconds: float = 7 * 86400.0
+    settle_seconds: float = 120.0
+    can_verify: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of the step when its attempt ended; ``attempts`` counts this one."""
+
+    attempts: int
+    lookups: int
+    due_since: datetime
+    now: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the ending makes of the step (and of its lane, if ``pause`` or ``not_before`` is set)."""
+
+    state: StepState
+    error_code: str | None = None
+    message: str | None = None
+    next_attempt_at: datetime | None = None
+    next_action: str = "none"
+    counts: bool = True
+    pause: bool = False
+    not_before: datetime | None = None
+
+
+Ending = ExportResult | DestinationError
+
+
+def backoff_seconds(attempt: int, base: float, cap: float, draw: random.Random) -> float:
+    """Draw a wait between 0 and ``base * 2 ** (attempt - 1)``, at most ``cap``."""
+    return draw.uniform(0, min(cap, base * 2 ** min(attempt - 1, 60)))
+
+
+def judge(ending: Ending, facts: Facts, policy: Policy, draw: random.Random) -> Verdict:
+    """Turn the ending of an attempt into the step's next state."""
+    if isinstance(ending, ExportResult):
+        if ending.success:
+            return Verdict(StepState.DONE)
+        message = ending.error_message or "the destination reported a failure without a message"
+        return _again(Transient(message, code="refused"), facts, policy, draw)
+    message = str(ending)
+    if isinstance(ending, Misconfigured):
+        return _paused(ending, facts, policy)
+    if isinstance(ending, Permanent):
+        return Verdict(StepState.FAILED, ending.code, message, next_action=_advice(ending.code))
+    if isinstance(ending, UnknownOutcome):
+        return _unknown(ending, facts, policy, draw)
+    transient = ending if isinstance(ending, Transient) else Transient(message, code=ending.code)
+    return _again(transient, facts, policy, draw)
+
+
+def still_unknown(facts: Facts, policy: Policy, draw: random.Random, message: str) -> Verdict:
+    """Say when to look again while nobody can tell whether the request had its effect."""
+    if _waited_too_long(facts, policy):
+        return Verdict(StepState.UNCERTAIN, "uncertain", message, next_action="replay", counts=False)
+    # half fixed, half drawn: look-ups of many records after one outage must not come in step
+    bound = min(LOOKUP_MAX_SECONDS, LOOKUP_BASE_SECONDS * 2 ** min(facts.lookups, 16))
+    pause = bound / 2 + draw.uniform(0, bound / 2)
+    return Verdict(
+        StepState.UNSETTLED, "unknown_outcome", message,
+        next_attempt_at=facts.now + timedelta(seconds=pause), counts=False,
+    )  # fmt: skip
+
+
+def surely_absent(facts: Facts, policy: Policy, last_request_at: datetime, draw: random.Random) -> Verdict:
+    """After a look-up that found nothing: a new create is allowed only H after the last request can have left."""
+    settled_at = last_request_at + timedelta(seconds=policy.settle_seconds)
+    if facts.now < settled_at:
+        verdict = still_unknown(facts, policy, draw, "not there yet; the server may still commit")
+        if verdict.state is not StepState.UNSETTLED or verdict.next_attempt_at is None:
+            return verdict
+        return Verdict(
+            verdict.state, verdict.error_code, verdict.message,
+            next_attempt_at=min(verdict.next_attempt_at, settled_at), counts=False,
+        )  # fmt: skip
+    if facts.attempts >= policy.max_attempts or _waited_too_long(facts, policy):
+        return Verdict(
+            StepState.FAILED, "exhausted", f"not there after {facts.attempts} attempts",
+            next_action="replay", counts=False,
+        )  # fmt: skip
+    return Verdict(StepState.DUE, next_attempt_at=facts.now, counts=False)
+
+
+def _again(error: Transient, facts: Facts, policy: Policy, draw: random.Random) -> Verdict:
+    wished = _wished(error, facts.now, policy)
+    if facts.attempts >= policy.max_attempts or _waited_too_long(facts, policy):
+        message = f"{error} (given up after {facts.attempts} attempts)"
+        return Verdict(StepState.FAILED, error.code, message, next_action="replay", not_before=wished)
+    seconds = backoff_seconds(facts.attempts, policy.base_seconds, policy.max_seconds, draw)
+    at = max(facts.now + timedelta(seconds=seconds), wished or facts.now)
+    return Verdict(StepState.DUE, error.code, str(error), at, not_before=wished)
+
+
+def _paused(error: Misconfigured, facts: Facts, policy: Policy) -> Verdict:
+    if _waited_too_long(facts, policy):
+        return Verdict(StepState.FAILED, error.code, str(error), next_action="fix_config")
+    return Verdict(
+        StepState.DUE, error.code, str(error), facts.now, next_action="fix_config", counts=False, pause=True
+    )
+
+
+def _unknown(error: UnknownOutcome, facts: Facts, policy: Policy, draw: random.Random) -> Verdict:
+    if policy.can_verify:
+        verdict = still_unknown(facts, policy, draw, str(error))
+        return Verdict(verdict.state, error.code, verdict.message, verdict.next_attempt_at, verdict.next_action)
+    message = f"{error} (this destination cannot be asked whether the record arrived)"
+    return Verdict(StepState.UNCERTAIN, error.code, message, next_action="replay")
+
+
+def _wished(error: Transient, now: datetime, policy: Policy) -> datetime | None:
+    """Take the server's wish, but never a longer one than the longest wait configured."""
+    wish = error.retry_after
+    if wish is None:
+        return None
+    at = wish if isinstance(wish, datetime) else now + timedelta(seconds=max(0.0, wish))
+    return min(at, now + timedelta(seconds=policy.max_wait_seconds))
+
+
+def _waited_too_long(facts: Facts, policy: Policy) -> bool:
+    return facts.now >= facts.due_since + timedelta(seconds=policy.max_wait_seconds)
+
+
+def _advice(code: str) -> str:
+    return "replay" if code in {"changed_at_destination", "conflict"} else "fix_record"

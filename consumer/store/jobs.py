@@ -1,0 +1,294 @@
+"""Jobs: accepting them (T1), keeping their snapshot, deciding and ending them."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row, bindparam, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from consumer.store.rows import JobRow, JobState, NewJob, StepRow, StepState
+from consumer.store.tables import jobs, steps
+
+#: A consumer that took a job for its snapshot and died loses it after this time (PostgreSQL).
+SNAPSHOT_LEASE_SECONDS = 120
+
+_CHUNK = 500  # SQLite takes some thousands of parameters in a statement, so long lists go in parts
+
+
+async def known_digests(connection: AsyncConnection, ids: Iterable[UUID]) -> dict[UUID, str]:
+    """Return the data digest of those jobs that exist."""
+    found: dict[UUID, str] = {}
+    for part in _chunks([str(value) for value in ids]):
+        rows = await connection.execute(select(jobs.c.id, jobs.c.data_sha256).where(jobs.c.id.in_(part)))
+        found.update({UUID(row.id): row.data_sha256 for row in rows})
+    return found
+
+
+async def newest_builds(connection: AsyncConnection, sessions: Iterable[str]) -> dict[str, JobRow]:
+    """Return for each session the job that no newer build has superseded."""
+    found: dict[str, JobRow] = {}
+    for part in _chunks(sorted(set(sessions))):
+        query = select(jobs).where(jobs.c.session.in_(part), jobs.c.state != JobState.SUPERSEDED)
+        for row in await connection.execute(query.order_by(jobs.c.build_time, jobs.c.received_at)):
+            found[row.session] = job_row(row)
+    return found
+
+
+async def insert_jobs(connection: AsyncConnection, new: Sequence[NewJob], now: datetime) -> None:
+    """Write new jobs with all their steps blocked; their snapshot is due at once."""
+    if not new:
+        return
+    await connection.execute(insert(jobs), [_job_values(job, now) for job in new])
+    values = [
+        {
+            "job_id": str(job.id),
+            "destination": step.destination,
+            "session": job.session,
+            "priority": step.priority,
+            "purpose": "create",
+            "state": StepState.BLOCKED,
+        }
+        for job in new
+        for step in job.steps
+    ]
+    if values:
+        await connection.execute(insert(steps), values)
+
+
+def _job_values(job: NewJob, now: datetime) -> dict[str, Any]:
+    return {
+        "id": str(job.id),
+        "source": job.source,
+        "event_id": job.event_id,
+        "data_sha256": job.data_sha256,
+        "session": job.session,
+        "build_time": job.build_time,
+        "received_at": now,
+        "event": job.event,
+        "strategy": job.strategy,
+        "state": JobState.OPEN,
+        "revision": 1,
+        "snapshot_due_at": now,
+    }
+
+
+async def supersede(connection: AsyncConnection, old: UUID, new: UUID) -> None:
+    """Let a newer build take over: what of the old job has not begun will not begin."""
+    await connection.execute(update(jobs).where(jobs.c.superseded_by == str(old)).values(superseded_by=str(new)))
+    await connection.execute(
+        update(jobs)
+        .where(jobs.c.id == str(old), jobs.c.state == JobState.OPEN)
+        .values(state=JobState.SUPERSEDED, superseded_by=str(new), snapshot_due_at=None, decide_at=None)
+    )
+    await connection.execute(
+        update(steps)
+        .where(steps.c.job_id == str(old), steps.c.state.in_((StepState.BLOCKED, StepState.DUE)))
+        .values(state=StepState.SUPERSEDED, next_attempt_at=None, reason="a newer build took over")
+    )
+
+
+async def take_for_snapshot(connection: AsyncConnection, now: datetime, limit: int, *, lease: bool) -> list[JobRow]:
+    """Return jobs whose snapshot is due; with ``lease`` other consumers do not get them for a while."""
+    query = (
+        select(jobs)
+        .where(jobs.c.snapshot_due_at <= now, jobs.c.state == JobState.OPEN)
+        .order_by(jobs.c.snapshot_due_at)
+        .limit(limit)
+    )
+    rows = (await connection.execute(query.with_for_update(skip_locked=True) if lease else query)).all()
+    if lease and rows:
+        until = now + timedelta(seconds=SNAPSHOT_LEASE_SECONDS)
+        ids = [row.id for row in rows]
+        await connection.execute(update(jobs).where(jobs.c.id.in_(ids)).values(snapshot_due_at=until))
+    return [job_row(row) for row in rows]
+
+
+_keep_snapshot = (
+    update(jobs)
+    .where(jobs.c.id == bindparam("key"))
+    .values(
+        record_sha256=bindparam("sha256"), record_name=bindparam("name"), facts=bindparam("known"),
+        snapshot_due_at=None,
+    )
+)  # fmt: skip
+
+
+async def keep_snapshots(
+    connection: AsyncConnection, kept: Sequence[tuple[UUID, str, str, Mapping[str, Any]]]
+) -> None:
+    """Write down (job, sha256, file name, facts) of records that were read and checked."""
+    if kept:
+        values = [
+            {"key": str(job), "sha256": sha256, "name": name, "known": json.dumps(facts)}
+            for job, sha256, name, facts in kept
+        ]
+        await connection.execute(_keep_snapshot, values)
+
+
+async def postpone_snapshot(connection: AsyncConnection, job: UUID, due_at: datetime, *, counts: bool) -> None:
+    """Ask for a record again later; ``counts`` when the file was missing rather than the whole root."""
+    await connection.execute(
+        update(jobs)
+        .where(jobs.c.id == str(job), jobs.c.state == JobState.OPEN)
+        .values(snapshot_due_at=due_at, snapshot_tries=jobs.c.snapshot_tries + (1 if counts else 0))
+    )
+
+
+async def fail_all_steps(connection: AsyncConnection, job: UUID, code: str, reason: str) -> None:
+    """Fail every step that has not ended: the record itself is at fault."""
+    await connection.execute(
+        update(steps)
+        .where(steps.c.job_id == str(job), steps.c.state.in_((StepState.BLOCKED, StepState.DUE)))
+        .values(state=StepState.FAILED, error_code=code, reason=reason, next_attempt_at=None)
+    )
+    await connection.execute(update(jobs).where(jobs.c.id == str(job)).values(snapshot_due_at=None))
+
+
+async def load_jobs(connection: AsyncConnection, ids: Iterable[UUID], *, lock: bool = False) -> dict[UUID, JobRow]:
+    """Return jobs by id; with ``lock`` no other consumer decides about them meanwhile."""
+    found: dict[UUID, JobRow] = {}
+    for part in _chunks(sorted(str(value) for value in ids)):
+        query = select(jobs).where(jobs.c.id.in_(part)).order_by(jobs.c.id)
+        rows = await connection.execute(query.with_for_update() if lock else query)
+        found.update({UUID(row.id): job_row(row) for row in rows})
+    return found
+
+
+async def load_steps(connection: AsyncConnection, ids: Iterable[UUID]) -> dict[UUID, list[StepRow]]:
+    """Return all steps of the given jobs."""
+    found: dict[UUID, list[StepRow]] = defaultdict(list)
+    for part in _chunks([str(value) for value in ids]):
+        for row in await connection.execute(select(steps).where(steps.c.job_id.in_(part))):
+            found[UUID(row.job_id)].append(step_row(row))
+    return found
+
+
+async def superseded_jobs(connection: AsyncConnection, successor: UUID) -> list[JobRow]:
+    """Return the jobs that wait for this job's outcome to repeat it."""
+    query = select(jobs).where(
+        jobs.c.superseded_by == str(successor),
+        jobs.c.state == JobState.SUPERSEDED,
+        jobs.c.finished_at.is_(None),
+    )
+    return [job_row(row) for row in await connection.execute(query)]
+
+
+_finish = (
+    update(jobs)
+    .where(jobs.c.id == bindparam("key"))
+    .values(state=bindparam("new_state"), finished_at=bindparam("at"), decide_at=None, snapshot_due_at=None)
+)
+
+
+async def finish_jobs(connection: AsyncConnection, ended: Sequence[tuple[UUID, JobState]], now: datetime) -> None:
+    """Write down that jobs are over."""
+    if ended:
+        values = [{"key": str(job), "new_state": state, "at": now} for job, state in ended]
+        await connection.execute(_finish, values)
+
+
+async def decide_later(connection: AsyncConnection, again: Sequence[tuple[UUID, datetime | None]]) -> None:
+    """Note when only time will move these jobs on; None clears the note."""
+    if again:
+        statement = update(jobs).where(jobs.c.id == bindparam("key")).values(decide_at=bindparam("at"))
+        await connection.execute(statement, [{"key": str(job), "at": at} for job, at in again])
+
+
+async def decide_waiting_jobs(connection: AsyncConnection, now: datetime) -> None:
+    """Ask for a new decision for each open job that has a blocked step (a lane has changed)."""
+    blocked = select(steps.c.job_id).where(steps.c.state == StepState.BLOCKED, steps.c.job_id == jobs.c.id)
+    await connection.execute(
+        update(jobs)
+        .where(jobs.c.state == JobState.OPEN, jobs.c.record_sha256.is_not(None), blocked.exists())
+        .values(decide_at=now)
+    )
+
+
+async def due_decisions(connection: AsyncConnection, now: datetime, limit: int) -> list[UUID]:
+    """Return jobs that are to be decided anew now."""
+    query = select(jobs.c.id).where(jobs.c.decide_at <= now, jobs.c.state == JobState.OPEN).limit(limit)
+    return [UUID(row.id) for row in await connection.execute(query)]
+
+
+async def reopen(connection: AsyncConnection, job: UUID, revision: int, now: datetime) -> bool:
+    """Open a failed job again for a replay, if it is failed at that revision; its failed steps become due anew.
+
+    Returns False when the job has moved on since: the replay is stale.
+    """
+    changed = await connection.execute(
+        update(jobs)
+        .where(jobs.c.id == str(job), jobs.c.state == JobState.FAILED, jobs.c.revision == revision)
+        .values(state=JobState.OPEN, revision=revision + 1, finished_at=None, snapshot_tries=0,
+                received_at=now, snapshot_due_at=now)
+    )  # fmt: skip
+    if changed.rowcount != 1:
+        return False
+    await connection.execute(
+        update(steps)
+        .where(
+            steps.c.job_id == str(job),
+            steps.c.state.in_((StepState.FAILED, StepState.SUPERSEDED, StepState.SKIPPED)),
+        )
+        .values(state=StepState.BLOCKED, attempts=0, lookups=0, due_since=None, next_attempt_at=None,
+                error_code=None, reason=None)
+    )  # fmt: skip
+    return True
+
+
+async def next_moment(connection: AsyncConnection) -> datetime | None:
+    """Return the earliest stored time at which a job needs a snapshot or a decision."""
+    found = []
+    for column in (jobs.c.snapshot_due_at, jobs.c.decide_at):
+        query = select(column).where(column.is_not(None)).order_by(column).limit(1)
+        found.append((await connection.execute(query)).scalar())
+    return min((value for value in found if value is not None), default=None)
+
+
+def job_row(row: Row[Any]) -> JobRow:
+    """Build a frozen job from a result row."""
+    return JobRow(
+        id=UUID(row.id),
+        source=row.source,
+        event_id=row.event_id,
+        session=row.session,
+        build_time=row.build_time,
+        received_at=row.received_at,
+        event=row.event,
+        strategy=row.strategy,
+        state=JobState(row.state),
+        revision=row.revision,
+        superseded_by=UUID(row.superseded_by) if row.superseded_by else None,
+        record_sha256=row.record_sha256,
+        record_name=row.record_name,
+        facts=json.loads(row.facts) if row.facts else {},
+        snapshot_tries=row.snapshot_tries,
+    )
+
+
+def step_row(row: Row[Any]) -> StepRow:
+    """Build a frozen step from a result row."""
+    return StepRow(
+        job_id=UUID(row.job_id),
+        destination=row.destination,
+        session=row.session,
+        priority=row.priority,
+        purpose=row.purpose,
+        state=StepState(row.state),
+        attempts=row.attempts,
+        lookups=row.lookups,
+        due_since=row.due_since,
+        next_attempt_at=row.next_attempt_at,
+        first_attempt_at=row.first_attempt_at,
+        last_request_at=row.last_request_at,
+        error_code=row.error_code,
+        reason=row.reason,
+        result=json.loads(row.result) if row.result else None,
+    )
+
+
+def _chunks(values: list[str]) -> Iterable[list[str]]:
+    return (values[start : start + _CHUNK] for start in range(0, len(values), _CHUNK))

@@ -1,0 +1,60 @@
+"""Lanes: whether work for a destination goes on, and when it may."""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from sqlalchemy import select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from consumer.store.rows import LaneChange, LaneRow, LaneState
+from consumer.store.tables import lanes
+
+
+async def load(connection: AsyncConnection) -> dict[str, LaneRow]:
+    """Return all lanes that were ever written; a destination without one has an active lane."""
+    return {
+        row.destination: LaneRow(
+            destination=row.destination,
+            state=LaneState(row.state),
+            reason=row.reason,
+            since=row.since,
+            not_before=row.not_before,
+            probe_at=row.probe_at,
+            next_slot_at=row.next_slot_at,
+        )
+        for row in await connection.execute(select(lanes))
+    }
+
+
+async def change(
+    connection: AsyncConnection, changes: Sequence[LaneChange], now: datetime, *, is_sqlite: bool
+) -> None:
+    """Write lane changes; ``since`` stays when the state does, ``not_before`` only moves later."""
+    before = await load(connection) if changes else {}
+    for item in changes:
+        old = before.get(item.destination)
+        since = old.since if old and old.state is item.state else now
+        kept = old.not_before if old and old.not_before else None
+        not_before = max(filter(None, (kept, item.not_before)), default=None)
+        values = {
+            "state": item.state,
+            "reason": item.reason,
+            "since": since,
+            "not_before": not_before,
+            "probe_at": item.probe_at,
+        }
+        await _upsert(connection, item.destination, values, is_sqlite=is_sqlite)
+
+
+async def book_slot(connection: AsyncConnection, destination: str, at: datetime, *, is_sqlite: bool) -> None:
+    """Note when the next attempt of a paced destination may start, for all processes."""
+    await _upsert(connection, destination, {"next_slot_at": at}, is_sqlite=is_sqlite)
+
+
+async def _upsert(
+    connection: AsyncConnection, destination: str, values: dict[str, object], *, is_sqlite: bool
+) -> None:
+    insert = (sqlite.insert if is_sqlite else postgresql.insert)(lanes)
+    new = {"destination": destination, "state": LaneState.ACTIVE, **values}
+    await connection.execute(insert.values(new).on_conflict_do_update(index_elements=["destination"], set_=values))

@@ -1,0 +1,80 @@
+"""Messages that must go out: written with what they tell of, marked when the broker has confirmed (T5)."""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import bindparam, func, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from consumer.store.rows import Message
+from consumer.store.tables import outbox
+
+
+async def add(connection: AsyncConnection, messages: Sequence[Message], now: datetime, *, is_sqlite: bool) -> None:
+    """Add messages; one that is already there (same kind and id) stays as it is."""
+    if not messages:
+        return
+    statement = (sqlite.insert if is_sqlite else postgresql.insert)(outbox).on_conflict_do_nothing(
+        index_elements=[outbox.c.kind, outbox.c.message_id]
+    )
+    await connection.execute(statement, [_values(message, now) for message in messages])
+
+
+def _values(message: Message, now: datetime) -> dict[str, object]:
+    return {
+        "kind": message.kind,
+        "message_id": message.message_id,
+        "job_id": str(message.job_id) if message.job_id else None,
+        "exchange": message.exchange,
+        "routing_key": message.routing_key,
+        "content_type": message.content_type,
+        "headers": json.dumps(message.headers),
+        "body": message.body,
+        "created_at": now,
+    }
+
+
+async def unsent(connection: AsyncConnection, limit: int, *, lock: bool) -> list[Message]:
+    """Return the oldest messages without a confirm; with ``lock`` other relays skip them meanwhile."""
+    query = select(outbox).where(outbox.c.sent_at.is_(None)).order_by(outbox.c.seq).limit(limit)
+    if lock:
+        query = query.with_for_update(skip_locked=True)
+    return [
+        Message(
+            kind=row.kind,
+            message_id=row.message_id,
+            exchange=row.exchange,
+            routing_key=row.routing_key,
+            body=bytes(row.body),
+            headers=json.loads(row.headers),
+            content_type=row.content_type,
+            job_id=UUID(row.job_id) if row.job_id else None,
+            seq=row.seq,
+        )
+        for row in await connection.execute(query)
+    ]
+
+
+_sent = (
+    update(outbox)
+    .where(outbox.c.seq == bindparam("number"))
+    .values(sent_at=bindparam("at"), unrouted=bindparam("returned"))
+)
+
+
+async def mark_sent(connection: AsyncConnection, sent: Sequence[tuple[int, bool]], now: datetime) -> None:
+    """Mark confirmed messages by (seq, unrouted)."""
+    if sent:
+        values = [{"number": seq, "at": now, "returned": unrouted} for seq, unrouted in sent]
+        await connection.execute(_sent, values)
+
+
+async def has_letter(connection: AsyncConnection, digest: str) -> bool:
+    """Tell whether a poison letter with this content is already written."""
+    query = select(func.count()).where(
+        outbox.c.kind == "poison", outbox.c.message_id >= digest, outbox.c.message_id < digest + "~"
+    )
+    return bool((await connection.execute(query)).scalar())

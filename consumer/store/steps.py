@@ -1,0 +1,348 @@
+"""Steps and copies: claiming work (T2), remembering facts (T3), writing results (T4)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Integer, Row, Text, and_, bindparam, func, insert, or_, select, tuple_, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from consumer.store.jobs import step_row
+from consumer.store.rows import AttemptEnd, Claim, CopyRow, LogEntry, StepChange, StepRow, StepState
+from consumer.store.tables import Utc, copies, jobs, steps, upload_log
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """How much work to claim for one destination, and how long its lease lasts."""
+
+    destination: str
+    limit: int
+    lease_seconds: float
+
+
+async def due_steps(connection: AsyncConnection, wanted: Wanted, now: datetime, *, lock: bool) -> list[StepRow]:
+    """Find due steps (and look-ups) that nobody else holds: one for each session, oldest wait first.
+
+    With ``lock`` their jobs are locked too, so that two consumers never claim from one job at once.
+    """
+    same_copy = and_(copies.c.session == steps.c.session, copies.c.destination == steps.c.destination)
+    query = (
+        select(steps)
+        .join(jobs, jobs.c.id == steps.c.job_id)
+        .outerjoin(copies, same_copy)
+        .where(
+            steps.c.destination == wanted.destination,
+            steps.c.state.in_((StepState.DUE, StepState.UNSETTLED)),
+            steps.c.next_attempt_at <= now,
+            or_(copies.c.holder.is_(None), copies.c.holder == steps.c.job_id),
+        )
+        .order_by(steps.c.next_attempt_at)
+        .limit(wanted.limit)
+    )
+    if lock:
+        query = query.with_for_update(of=[steps, jobs], skip_locked=True)
+    first: dict[str, StepRow] = {}
+    for row in await connection.execute(query):
+        first.setdefault(row.session, step_row(row))
+    return list(first.values())
+
+
+async def claim(
+    connection: AsyncConnection, found: Sequence[Claim], owner: str, now: datetime, *, is_sqlite: bool
+) -> list[Claim]:
+    """Take the given steps: fence + 1, a lease, state running (T2). Returns those that could be taken.
+
+    A look-up keeps its state: it sends nothing, so its last request stays where it was.
+    """
+    if not found:
+        return []
+    held = await _hold_copies(connection, found, owner, is_sqlite=is_sqlite)
+    taken = []
+    for item in found:
+        row = held.get((item.step.session, item.step.destination))
+        if row is not None:
+            taken.append(_with_copy(item, row))
+    running = [item for item in taken if not item.looks_up]
+    if running:
+        await connection.execute(_run, [_run_values(item, now) for item in running])
+    looking = [item for item in taken if item.looks_up]
+    if looking:
+        await connection.execute(_look, [_look_values(item) for item in looking])
+    return taken
+
+
+_run = (
+    update(steps)
+    .where(steps.c.job_id == bindparam("job"), steps.c.destination == bindparam("name"))
+    .values(
+        state=StepState.RUNNING, next_attempt_at=None, last_request_at=bindparam("until"),
+        first_attempt_at=func.coalesce(steps.c.first_attempt_at, bindparam("at", type_=Utc())),
+    )
+)  # fmt: skip
+_look = (
+    update(steps)
+    .where(steps.c.job_id == bindparam("job"), steps.c.destination == bindparam("name"))
+    .values(next_attempt_at=bindparam("until"))
+)
+
+
+def _look_values(item: Claim) -> dict[str, Any]:
+    return {"job": str(item.step.job_id), "name": item.step.destination, "until": item.lease_until}
+
+
+def _run_values(item: Claim, now: datetime) -> dict[str, Any]:
+    return {**_look_values(item), "at": now}
+
+
+async def _hold_copies(
+    connection: AsyncConnection, found: Sequence[Claim], owner: str, *, is_sqlite: bool
+) -> dict[tuple[str, str], Row[Any]]:
+    statement: Any = (sqlite.insert if is_sqlite else postgresql.insert)(copies)
+    new = statement.excluded
+    statement = statement.on_conflict_do_update(
+        index_elements=[copies.c.session, copies.c.destination],
+        set_={
+            "fence": copies.c.fence + 1,
+            "holder": new.holder,
+            "owner": new.owner,
+            "lease_until": new.lease_until,
+        },
+        where=or_(copies.c.holder.is_(None), copies.c.holder == new.holder),
+    ).returning(copies)
+    values = [
+        {
+            "session": item.step.session,
+            "destination": item.step.destination,
+            "fence": 1,
+            "holder": str(item.step.job_id),
+            "owner": owner,
+            "lease_until": item.lease_until,
+        }
+        for item in found
+    ]
+    rows = await connection.execute(statement, values)
+    return {(row.session, row.destination): row for row in rows}
+
+
+def _with_copy(item: Claim, row: Row[Any]) -> Claim:
+    copy = CopyRow(
+        record_id=row.record_id,
+        record_url=row.record_url,
+        sent_sha256=row.sent_sha256,
+        stored_sha256=row.stored_sha256,
+        build_time=row.build_time,
+        remembered=json.loads(row.remembered) if row.remembered else {},
+        fence=row.fence,
+    )
+    return Claim(item.step, item.job, copy, row.fence, item.lease_until, item.siblings)
+
+
+async def remember(connection: AsyncConnection, claimed: Claim, facts: Mapping[str, Any]) -> bool:
+    """Keep a destination's facts (T3); False when the fence is not ours any more."""
+    result = await connection.execute(
+        update(copies)
+        .where(_same_copy(claimed), copies.c.fence == claimed.fence)
+        .values(remembered=json.dumps(dict(facts)))
+    )
+    return result.rowcount == 1
+
+
+def _same_copy(claimed: Claim) -> Any:
+    return and_(copies.c.session == claimed.step.session, copies.c.destination == claimed.step.destination)
+
+
+async def lock_copies(connection: AsyncConnection, ends: Sequence[AttemptEnd]) -> list[AttemptEnd]:
+    """Return the ends whose fence still holds; on PostgreSQL their copies stay locked until the commit."""
+    keys = sorted({(end.claim.step.session, end.claim.step.destination) for end in ends})
+    fences: dict[tuple[str, str], int] = {}
+    for start in range(0, len(keys), 200):
+        query = (
+            select(copies.c.session, copies.c.destination, copies.c.fence)
+            .where(tuple_(copies.c.session, copies.c.destination).in_(keys[start : start + 200]))
+            .order_by(copies.c.session, copies.c.destination)
+            .with_for_update()
+        )
+        fences.update({(row.session, row.destination): row.fence for row in await connection.execute(query)})
+    return [
+        end for end in ends if fences.get((end.claim.step.session, end.claim.step.destination)) == end.claim.fence
+    ]
+
+
+_change = (
+    update(steps)
+    .where(steps.c.job_id == bindparam("job"), steps.c.destination == bindparam("name"))
+    .values(
+        state=bindparam("new_state"), error_code=bindparam("code"), reason=bindparam("why"),
+        next_attempt_at=bindparam("at"), result=bindparam("outcome"),
+        attempts=steps.c.attempts + bindparam("counted", type_=Integer()), lookups=bindparam("looked"),
+        last_request_at=func.coalesce(bindparam("requested", type_=Utc()), steps.c.last_request_at),
+    )
+)  # fmt: skip
+
+
+async def write_ends(connection: AsyncConnection, ends: Sequence[AttemptEnd], now: datetime) -> None:
+    """Write steps, copies and upload_log of finished attempts (part of T4); fences were checked before."""
+    if not ends:
+        return
+    await connection.execute(_change, [_change_values(end, now) for end in ends])
+    await connection.execute(_copy, [_copy_values(end) for end in ends])
+    logs = [end.log for end in ends if end.log is not None]
+    if logs:
+        await connection.execute(insert(upload_log), [_log_values(entry) for entry in logs])
+
+
+def _change_values(end: AttemptEnd, now: datetime) -> dict[str, Any]:
+    step = end.step
+    return {
+        "job": str(step.job_id),
+        "name": step.destination,
+        "new_state": step.state,
+        "code": step.error_code,
+        "why": step.reason,
+        "at": step.next_attempt_at,
+        "outcome": json.dumps(step.result) if step.result is not None else None,
+        "counted": 1 if step.counts else 0,
+        "looked": end.claim.step.lookups + 1 if step.looked_up else 0,
+        # a look-up sends nothing that could commit late: the settle time counts from the request before it
+        "requested": None if step.looked_up else now,
+    }
+
+
+_copy = (
+    update(copies)
+    .where(copies.c.session == bindparam("one_session"), copies.c.destination == bindparam("name"))
+    .values(
+        holder=bindparam("keeps"),
+        owner=None, lease_until=None,
+        record_id=func.coalesce(bindparam("id", type_=Text()), copies.c.record_id),
+        record_url=func.coalesce(bindparam("url", type_=Text()), copies.c.record_url),
+        sent_sha256=func.coalesce(bindparam("sent", type_=Text()), copies.c.sent_sha256),
+        stored_sha256=func.coalesce(bindparam("stored", type_=Text()), copies.c.stored_sha256),
+        build_time=func.coalesce(bindparam("built", type_=Utc()), copies.c.build_time),
+    )
+)  # fmt: skip
+
+
+def _copy_values(end: AttemptEnd) -> dict[str, Any]:
+    change = end.copy
+    unsettled = end.step.state is StepState.UNSETTLED
+    return {
+        "one_session": end.claim.step.session,
+        "name": end.claim.step.destination,
+        # while an effect may still be on its way, no other job may touch this copy
+        "keeps": str(end.step.job_id) if unsettled else None,
+        "id": change.record_id if change else None,
+        "url": change.record_url if change else None,
+        "sent": change.sent_sha256 if change else None,
+        "stored": change.stored_sha256 if change else None,
+        "built": change.build_time if change else None,
+    }
+
+
+def _log_values(entry: LogEntry) -> dict[str, Any]:
+    return {
+        "session_identifier": entry.session,
+        "destination_name": entry.destination,
+        "success": entry.success,
+        "timestamp": entry.timestamp,
+        "record_id": entry.record_id,
+        "record_url": entry.record_url,
+        "error_message": entry.error_message,
+        "metadata_json": json.dumps(entry.metadata, default=str) if entry.metadata else None,
+        "event_id": entry.event_id,
+        "source": entry.source,
+        "attempt": entry.attempt,
+        "error_code": entry.error_code,
+        "duration_s": entry.duration_seconds,
+        "purpose": entry.purpose,
+    }
+
+
+_move = (
+    update(steps)
+    .where(steps.c.job_id == bindparam("job"), steps.c.destination == bindparam("name"))
+    .values(
+        state=bindparam("new_state"), error_code=bindparam("code"), reason=bindparam("why"),
+        next_attempt_at=bindparam("at"), due_since=func.coalesce(steps.c.due_since, bindparam("at", type_=Utc())),
+    )
+)  # fmt: skip
+
+
+async def move_steps(connection: AsyncConnection, changes: Sequence[StepChange]) -> None:
+    """Write state changes that were decided rather than attempted."""
+    if changes:
+        values = [
+            {
+                "job": str(change.job_id),
+                "name": change.destination,
+                "new_state": change.state,
+                "code": change.error_code,
+                "why": change.reason,
+                "at": change.next_attempt_at,
+            }
+            for change in changes
+        ]
+        await connection.execute(_move, values)
+
+
+async def abandoned_steps(connection: AsyncConnection, now: datetime, *, everything: bool) -> list[tuple[UUID, str]]:
+    """Return running steps without a live lease; ``everything``: at the start of the only engine, all of them."""
+    same_copy = and_(copies.c.session == steps.c.session, copies.c.destination == steps.c.destination)
+    query = select(steps.c.job_id, steps.c.destination).outerjoin(copies, same_copy)
+    query = query.where(steps.c.state == StepState.RUNNING)
+    if not everything:
+        query = query.where(or_(copies.c.lease_until.is_(None), copies.c.lease_until < now)).with_for_update(
+            of=steps, skip_locked=True
+        )
+    return [(UUID(row.job_id), row.destination) for row in await connection.execute(query)]
+
+
+async def abandon(
+    connection: AsyncConnection, job: UUID, destination: str, now: datetime, *, can_verify: bool, dead: bool
+) -> None:
+    """Turn an abandoned step into one whose outcome is unknown, and log the attempt as interrupted.
+
+    ``dead``: the old process surely has ended, so its last request left at the latest now; otherwise it may
+    send until its lease ends, which the claim has noted.
+    """
+    row = (
+        await connection.execute(
+            select(steps, jobs.c.event_id, jobs.c.source)
+            .join(jobs, jobs.c.id == steps.c.job_id)
+            .where(steps.c.job_id == str(job), steps.c.destination == destination)
+        )
+    ).one()
+    state = StepState.UNSETTLED if can_verify else StepState.UNCERTAIN
+    values: dict[str, Any] = {"state": state, "next_attempt_at": now, "error_code": "interrupted",
+                              "attempts": steps.c.attempts + 1,
+                              "reason": "the process ended during the attempt"}  # fmt: skip
+    if dead:
+        values["last_request_at"] = now
+    where = and_(steps.c.job_id == str(job), steps.c.destination == destination)
+    await connection.execute(update(steps).where(where).values(**values))
+    # the fence rises, so that a process that only slept cannot write its result any more
+    await connection.execute(
+        update(copies)
+        .where(copies.c.session == row.session, copies.c.destination == destination)
+        .values(fence=copies.c.fence + 1, owner=None, lease_until=None,
+                holder=str(job) if can_verify else None)
+    )  # fmt: skip
+    await connection.execute(
+        insert(upload_log).values(
+            session_identifier=row.session, destination_name=destination, success=False, timestamp=now,
+            error_message="the process ended during the attempt", error_code="interrupted",
+            event_id=row.event_id, source=row.source, attempt=row.attempts + 1, purpose=row.purpose,
+        )
+    )  # fmt: skip
+
+
+async def next_attempt(connection: AsyncConnection) -> datetime | None:
+    """Return the earliest time at which a step is due."""
+    query = select(func.min(steps.c.next_attempt_at)).where(steps.c.state.in_((StepState.DUE, StepState.UNSETTLED)))
+    value: datetime | None = (await connection.execute(query)).scalar()
+    return value

@@ -1,0 +1,41 @@
+"""What the integration tests share."""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+REQUIREMENTS = PROJECT / "tests" / "nexuslims-requirements.txt"
+
+
+@pytest.fixture(scope="session")
+def nexus_schema() -> Path:
+    """Give the XSD of experiment records, out of the pinned NexusLIMS package.
+
+    The package lies in a folder of its own and is kept between runs. Its schema is read, nothing imports it.
+    """
+    package = PROJECT / ".services" / "nexuslims"
+    installed_from = package / REQUIREMENTS.name
+    if not installed_from.exists() or installed_from.read_bytes() != REQUIREMENTS.read_bytes():
+        install(package)
+    return package / "nexusLIMS" / "schemas" / "nexus-experiment.xsd"
+
+
+def install(package: Path) -> None:
+    """Install what the requirements file pins, whole or not at all: a test run may be cut at any moment."""
+    package.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=package.parent, prefix="nexuslims-") as temporary:
+        fresh = Path(temporary) / "package"
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        command += ["--no-deps", "--no-compile", "--require-hashes", "--only-binary", ":all:"]
+        command += ["--target", str(fresh), "--requirement", str(REQUIREMENTS)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.fail(f"pip could not install {REQUIREMENTS.name}:\n{done.stderr}", pytrace=False)
+        shutil.copy(REQUIREMENTS, fresh)
+        shutil.rmtree(package, ignore_errors=True)
+        fresh.rename(package)
