@@ -79,7 +79,7 @@ def outcome(body: bytes) -> bytes:
         "record_id": data["session_identifier"],
         "attempts": 1,
         "timestamp": event["time"],
-        "metadata": {"note": ""},
+        "metadata": {},
     }
     answer = {
         "specversion": "1.0",

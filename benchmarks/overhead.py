@@ -98,8 +98,8 @@ def _one(name: str, url: str, records: Sequence[Record]) -> Measured:
 
 
 def _table(results: Results, errors: Errors) -> Table:
-    table = Table(title="queue to confirmed outcome")
-    for heading in ("", "records/s: min", "median", "max", "from the first", "CPU ms/record", "peak MiB"):
+    table = Table(title="records from queue to confirmed outcome")
+    for heading in ("", "min /s", "median /s", "max /s", "from first /s", "CPU ms each", "peak MiB"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, runs in results.items():
         if name in errors or not runs:

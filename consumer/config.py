@@ -24,7 +24,7 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 #: Names that NexusLIMS 2.8.0 reads and this service does not: known, never reported as a typing error.
 NEXUSLIMS_ONLY = re.compile(
     r"NX_(FILE_STRATEGY|IGNORE_PATTERNS|DB_PATH|FILE_DELAY_DAYS|CLUSTERING_SENSITIVITY|LOCAL_PROFILES_PATH"
-    r"|NEMO_\w+|ELABFTW_\w+|LABARCHIVES_\w+|EMAIL_\w+|TESTING|TEST_\w+|ENV_FILE|INSTRUMENT_DATA_PATH)"
+    r"|NEMO_\w+|ELABFTW_\w+|LABARCHIVES_\w+|EMAIL_\w+|TESTING|TEST_\w+|ENV_FILE)"
 )
 
 
@@ -61,6 +61,9 @@ class Settings(BaseModel):
     amqp_exchange: Text = Field("nexuslims.records", description="topic exchange of built and exported records")
     database_url: SecretStr | None = Field(
         None, description="SQLite file or PostgreSQL; default: nexus-export.db in NX_DATA_PATH, else here"
+    )
+    instrument_data_path: Path | None = Field(
+        None, description="raw data of the instruments; only named, never opened"
     )
     data_path: Path | None = Field(None, description="data folder of NexusLIMS; previews are relative to it")
     records_path: Path | None = Field(None, description="where record files lie; default: NX_DATA_PATH/records")

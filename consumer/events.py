@@ -8,7 +8,7 @@ Schemas and the AsyncAPI document in ``docs/reference``.
 import hashlib
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -367,8 +367,3 @@ def built_body(
         document["traceparent"] = traceparent
     document["data"] = data.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
     return to_json(document)
-
-
-def ordered_results(results: Sequence[DestinationResult]) -> tuple[DestinationResult, ...]:
-    """Bring results into the order tried; what was never tried comes last."""
-    return tuple(sorted(results, key=lambda r: (r.timestamp is None, r.timestamp, r.destination)))

@@ -9,7 +9,7 @@ import fcntl
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +21,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from consumer.errors import ConfigurationError, NexusExportError
 
 BUSY_SECONDS = 60
+
+#: What the pipeline hands from one store function to the next: an open transaction.
+Connection = AsyncConnection
 _NETWORK_FILE_SYSTEMS = {
     "nfs",
     "nfs4",
@@ -59,6 +62,7 @@ class Database:
             raise ConfigurationError(message)
         self._lock_file: int | None = None
         self._writing = asyncio.Lock()
+        self._clock_offset = timedelta(0)
         if self.is_sqlite:
             _refuse_network_folder(self.path)
             self._writer = _sqlite_engine(self.path, pool_size=1, begin="BEGIN IMMEDIATE")
@@ -127,10 +131,16 @@ class Database:
 
     async def now(self, connection: AsyncConnection) -> datetime:
         """Return the time that due times and leases are measured by."""
+        local = datetime.now(UTC)
         if self.is_sqlite:
-            return datetime.now(UTC)
+            return local
         value: datetime = (await connection.execute(text("SELECT clock_timestamp()"))).scalar_one()
+        self._clock_offset = value.astimezone(UTC) - local
         return value.astimezone(UTC)
+
+    def clock(self) -> datetime:
+        """Return the database's time without asking it: this machine's time and the offset last seen."""
+        return datetime.now(UTC) + self._clock_offset
 
 
 def is_data_error(error: BaseException) -> bool:

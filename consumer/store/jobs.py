@@ -7,11 +7,11 @@ from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row, bindparam, insert, select, update
+from sqlalchemy import Row, bindparam, case, insert, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from consumer.store.rows import JobRow, JobState, NewJob, StepRow, StepState
-from consumer.store.tables import jobs, steps
+from consumer.store.tables import Utc, jobs, steps
 
 #: A consumer that took a job for its snapshot and died loses it after this time (PostgreSQL).
 SNAPSHOT_LEASE_SECONDS = 120
@@ -73,6 +73,7 @@ def _job_values(job: NewJob, now: datetime) -> dict[str, Any]:
         "state": JobState.OPEN,
         "revision": 1,
         "snapshot_due_at": now,
+        "snapshot_since": now,
     }
 
 
@@ -167,14 +168,21 @@ async def load_steps(connection: AsyncConnection, ids: Iterable[UUID]) -> dict[U
     return found
 
 
-async def superseded_jobs(connection: AsyncConnection, successor: UUID) -> list[JobRow]:
-    """Return the jobs that wait for this job's outcome to repeat it."""
-    query = select(jobs).where(
-        jobs.c.superseded_by == str(successor),
-        jobs.c.state == JobState.SUPERSEDED,
-        jobs.c.finished_at.is_(None),
-    )
-    return [job_row(row) for row in await connection.execute(query)]
+async def superseded_jobs(connection: AsyncConnection, successors: Iterable[UUID]) -> list[JobRow]:
+    """Return the jobs that wait for the outcome of one of these to repeat it."""
+    found: list[JobRow] = []
+    for part in _chunks([str(value) for value in successors]):
+        query = select(jobs).where(
+            jobs.c.superseded_by.in_(part), jobs.c.state == JobState.SUPERSEDED, jobs.c.finished_at.is_(None)
+        )
+        found += [job_row(row) for row in await connection.execute(query)]
+    return found
+
+
+async def sent_hashes(connection: AsyncConnection, session: str) -> frozenset[str]:
+    """Return the sha256 of every record content that was ever taken in for a session."""
+    query = select(jobs.c.record_sha256).where(jobs.c.session == session, jobs.c.record_sha256.is_not(None))
+    return frozenset(row.record_sha256 for row in await connection.execute(query))
 
 
 _finish = (
@@ -223,7 +231,8 @@ async def reopen(connection: AsyncConnection, job: UUID, revision: int, now: dat
         update(jobs)
         .where(jobs.c.id == str(job), jobs.c.state == JobState.FAILED, jobs.c.revision == revision)
         .values(state=JobState.OPEN, revision=revision + 1, finished_at=None, snapshot_tries=0,
-                received_at=now, snapshot_due_at=now)
+                snapshot_since=now, decide_at=now,
+                snapshot_due_at=case((jobs.c.record_sha256.is_(None), literal(now, Utc()))))
     )  # fmt: skip
     if changed.rowcount != 1:
         return False
@@ -266,6 +275,7 @@ def job_row(row: Row[Any]) -> JobRow:
         record_name=row.record_name,
         facts=json.loads(row.facts) if row.facts else {},
         snapshot_tries=row.snapshot_tries,
+        snapshot_since=row.snapshot_since,
     )
 
 

@@ -1,6 +1,6 @@
 """Lanes: whether work for a destination goes on, and when it may."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from sqlalchemy import select
@@ -34,15 +34,17 @@ async def change(
     before = await load(connection) if changes else {}
     for item in changes:
         old = before.get(item.destination)
-        since = old.since if old and old.state is item.state else now
+        # a wish to wait does not wake a paused lane
+        state = old.state if old and item.not_before is not None else item.state
+        since = old.since if old and old.state is state else now
         kept = old.not_before if old and old.not_before else None
         not_before = max(filter(None, (kept, item.not_before)), default=None)
         values = {
-            "state": item.state,
+            "state": state,
             "reason": item.reason,
             "since": since,
             "not_before": not_before,
-            "probe_at": item.probe_at,
+            "probe_at": old.probe_at if old and item.not_before is not None else item.probe_at,
         }
         await _upsert(connection, item.destination, values, is_sqlite=is_sqlite)
 
@@ -53,7 +55,7 @@ async def book_slot(connection: AsyncConnection, destination: str, at: datetime,
 
 
 async def _upsert(
-    connection: AsyncConnection, destination: str, values: dict[str, object], *, is_sqlite: bool
+    connection: AsyncConnection, destination: str, values: Mapping[str, object], *, is_sqlite: bool
 ) -> None:
     insert = (sqlite.insert if is_sqlite else postgresql.insert)(lanes)
     new = {"destination": destination, "state": LaneState.ACTIVE, **values}

@@ -107,6 +107,7 @@ class JobRow:
     session: str
     build_time: datetime
     received_at: datetime
+    snapshot_since: datetime
     event: str
     strategy: str
     state: JobState

@@ -12,7 +12,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from consumer.store.jobs import step_row
-from consumer.store.rows import AttemptEnd, Claim, CopyRow, LogEntry, StepChange, StepRow, StepState
+from consumer.store.rows import AttemptEnd, Claim, CopyRow, JobRow, LogEntry, StepChange, StepRow, StepState
 from consumer.store.tables import Utc, copies, jobs, steps, upload_log
 
 
@@ -50,6 +50,11 @@ async def due_steps(connection: AsyncConnection, wanted: Wanted, now: datetime, 
     for row in await connection.execute(query):
         first.setdefault(row.session, step_row(row))
     return list(first.values())
+
+
+def unclaimed(step: StepRow, job: JobRow, until: datetime) -> Claim:
+    """Pair a due step with its job; ``claim`` adds copy and fence."""
+    return Claim(step, job, CopyRow(), 0, until, ())
 
 
 async def claim(
@@ -346,3 +351,24 @@ async def next_attempt(connection: AsyncConnection) -> datetime | None:
     query = select(func.min(steps.c.next_attempt_at)).where(steps.c.state.in_((StepState.DUE, StepState.UNSETTLED)))
     value: datetime | None = (await connection.execute(query)).scalar()
     return value
+
+
+async def waited_too_long(connection: AsyncConnection, cutoff: datetime) -> list[tuple[UUID, str]]:
+    """Return due steps that have waited since before ``cutoff``: their lane is paused or gone."""
+    query = select(steps.c.job_id, steps.c.destination).where(
+        steps.c.state == StepState.DUE, steps.c.due_since < cutoff
+    )
+    return [(UUID(row.job_id), row.destination) for row in await connection.execute(query.limit(500))]
+
+
+async def give_up(connection: AsyncConnection, late: Sequence[tuple[UUID, str]]) -> None:
+    """Fail steps whose wait is over; their last reason stays."""
+    for job, destination in late:
+        await connection.execute(
+            update(steps)
+            .where(steps.c.job_id == str(job), steps.c.destination == destination, steps.c.state == StepState.DUE)
+            .values(
+                state=StepState.FAILED, error_code="waited_too_long", next_attempt_at=None,
+                reason=func.coalesce(steps.c.reason, "nothing took it within NX_EXPORT_MAX_WAIT"),
+            )
+        )  # fmt: skip

@@ -59,6 +59,7 @@ jobs = Table(
     Column("facts", Text),
     Column("snapshot_tries", Integer, nullable=False, server_default="0"),
     Column("snapshot_due_at", Utc),
+    Column("snapshot_since", Utc, nullable=False),
     Column("decide_at", Utc),
     Column("finished_at", Utc),
     Index("ix_jobs_session", "session"),

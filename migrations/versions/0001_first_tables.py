@@ -52,6 +52,7 @@ def jobs() -> None:
         sa.Column("facts", sa.Text),
         sa.Column("snapshot_tries", sa.Integer, nullable=False, server_default="0"),
         sa.Column("snapshot_due_at", moment()),
+        sa.Column("snapshot_since", moment(), nullable=False),
         sa.Column("decide_at", moment()),
         sa.Column("finished_at", moment()),
     )

@@ -1,0 +1,5 @@
+"""``python -m consumer`` is the command ``nexus-export``."""
+
+from consumer.main import cli
+
+cli()

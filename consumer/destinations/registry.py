@@ -1,0 +1,279 @@
+"""Finds destinations: built-in ones, entry points of ``nexus_export.destinations``, and a plugin folder.
+
+What fails to load, or has a name that is taken, becomes a visible problem and takes nobody down.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import BaseModel
+
+import consumer.destinations as built_in_folder
+from consumer.config import Environment, LaneSettings
+from consumer.destinations.contract import Limits
+from consumer.errors import ConfigurationError
+
+ENTRY_POINTS = "nexus_export.destinations"
+DEFAULT_TIMEOUT_SECONDS = 120.0
+DEFAULT_SETTLE_SECONDS = 120.0
+
+_PARTS = ("name", "priority", "enabled", "validate_config", "export")
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,99}")
+_NOT_PLUGINS = {"contract", "registry", "http", "atomic", "summary"}
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """The limits of one destination's work, settings before class attributes before defaults."""
+
+    concurrency: int
+    min_interval_seconds: float
+    timeout_seconds: float
+    settle_seconds: float
+    max_attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A destination that was loaded. ``disabled_because`` is empty when records go there."""
+
+    name: str
+    priority: int
+    plugin: Any
+    lane: Lane
+    origin: str
+    links_to: tuple[str, ...] = ()
+    depends_on: tuple[str, ...] = ()
+    disabled_because: str = ""
+
+    @property
+    def enabled(self) -> bool:
+        """Tell whether records go there."""
+        return not self.disabled_because
+
+    @property
+    def can_verify(self) -> bool:
+        """Tell whether the destination can be asked if a record arrived."""
+        return callable(getattr(self.plugin, "verify", None))
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that was found and is not used, and why."""
+
+    origin: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    """All destinations by name, in falling priority; ``problems`` are shown by ``destinations`` and ``doctor``."""
+
+    known: Mapping[str, Registered]
+    problems: tuple[Problem, ...] = ()
+    _enabled: Mapping[str, Registered] = field(default_factory=dict)
+
+    @property
+    def enabled(self) -> Mapping[str, Registered]:
+        """Return those that records go to."""
+        return self._enabled
+
+
+def load_registry(environment: Environment, folder: Path | None = None) -> Registry:
+    """Find, build and order all destinations.
+
+    Raises ``ConfigurationError`` for an order that cannot be kept: a link or dependency on a name that is not
+    there, or a circle of them.
+    """
+    known: dict[str, Registered] = {}
+    problems: list[Problem] = []
+    for origin, found in _candidates(folder):
+        if isinstance(found, str):
+            problems.append(Problem(origin, found))
+            continue
+        built = _build(found, origin, environment)
+        if isinstance(built, str):
+            problems.append(Problem(origin, built))
+        elif built.name in known:
+            taken = known[built.name].origin
+            problems.append(Problem(origin, f"the name {built.name!r} is taken by {taken}; this one is not used"))
+        else:
+            known[built.name] = built
+    _check_order(known)
+    ordered = dict(sorted(known.items(), key=lambda item: (-item[1].priority, item[0])))
+    enabled = {name: item for name, item in ordered.items() if item.enabled}
+    return Registry(ordered, tuple(problems), enabled)
+
+
+def _candidates(folder: Path | None) -> Iterator[tuple[str, type | str]]:
+    """Yield (origin, class) of everything that looks like a destination, or (origin, problem)."""
+    for module in pkgutil.iter_modules(built_in_folder.__path__):
+        if module.name not in _NOT_PLUGINS:
+            name = f"{built_in_folder.__name__}.{module.name}"
+            yield from _classes(f"built-in {module.name}", importlib.import_module(name))
+    for entry in entry_points(group=ENTRY_POINTS):
+        origin = f"entry point {entry.name} ({entry.value})"
+        loaded = _guarded(entry.load)
+        if isinstance(loaded, _Failure):
+            yield origin, f"cannot be loaded: {loaded.message}"
+        elif isinstance(loaded, ModuleType):
+            yield from _classes(origin, loaded)
+        else:
+            yield origin, loaded
+    if folder is not None:
+        yield from _from_folder(folder)
+
+
+def _from_folder(folder: Path) -> Iterator[tuple[str, type | str]]:
+    if not folder.is_dir():
+        yield str(folder), "NX_DESTINATIONS_PATH names a folder that is not there"
+        return
+    for path in sorted(folder.glob("*.py")):
+        if path.name.startswith("_"):
+            continue
+        loaded = _guarded(lambda path=path: _load_file(path))
+        if isinstance(loaded, _Failure):
+            yield str(path), f"cannot be loaded: {loaded.message}"
+        else:
+            yield from _classes(str(path), loaded)
+
+
+def _load_file(path: Path) -> ModuleType:
+    name = f"nexus_export_plugins.{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        message = "not a Python file"
+        raise ImportError(message)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pydantic look their own module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _classes(origin: str, module: ModuleType) -> Iterator[tuple[str, type | str]]:
+    own = [item for item in vars(module).values() if inspect.isclass(item) and item.__module__ == module.__name__]
+    found = [item for item in own if hasattr(item, "export") and not getattr(item, "_is_protocol", False)]
+    for item in found:
+        yield origin, item
+    if not found and not origin.startswith("built-in"):
+        yield origin, f"holds no class with {', '.join(_PARTS)}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    message: str
+
+
+def _guarded(call: Any) -> Any:
+    """Run foreign code; whatever it raises becomes a value."""
+    try:
+        return call()
+    except Exception as error:  # noqa: BLE001 - a foreign plugin may raise anything and must take nobody down
+        return _Failure(f"{type(error).__name__}: {error}")
+
+
+def _build(found: type, origin: str, environment: Environment) -> Registered | str:
+    """Make an instance and check the contract; a text says why not."""
+    missing = [part for part in _PARTS if not hasattr(found, part) and part not in inspect.get_annotations(found)]
+    if not callable(found):
+        return "is no class"
+    settings_model = getattr(found, "Settings", None)
+    prefix = f"NX_{str(getattr(found, 'name', found.__name__)).upper()}_"
+    try:
+        lane_settings = environment.read(LaneSettings, prefix)
+        arguments: tuple[Any, ...] = ()
+        if inspect.isclass(settings_model) and issubclass(settings_model, BaseModel):
+            arguments = (environment.read(settings_model, prefix),)
+    except ConfigurationError as error:
+        return str(error)
+    plugin = _guarded(lambda: found(*arguments))
+    if isinstance(plugin, _Failure):
+        return f"cannot be built: {plugin.message}"
+    missing = [part for part in _PARTS if not hasattr(plugin, part)]
+    if missing:
+        return f"{found.__name__} lacks {', '.join(missing)}"
+    return _registered(plugin, origin, lane_settings)
+
+
+def _registered(plugin: Any, origin: str, given: LaneSettings) -> Registered | str:
+    name, priority = plugin.name, plugin.priority
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        return f"name {name!r} must be lower-case letters, digits and _ (at most 100), starting with a letter"
+    if not isinstance(priority, int) or not 0 <= priority <= 1000:  # noqa: PLR2004 - the bounds of the contract
+        return f"{name}: priority {priority!r} must be a whole number from 0 to 1000"
+    enabled = _guarded(lambda: bool(plugin.enabled))
+    reason = "" if enabled is True else _why_disabled(plugin, enabled)
+    return Registered(
+        name=name,
+        priority=priority,
+        plugin=plugin,
+        lane=_lane(plugin, given),
+        origin=origin,
+        links_to=tuple(getattr(plugin, "links_to", ())),
+        depends_on=tuple(getattr(plugin, "depends_on", ())),
+        disabled_because=reason,
+    )
+
+
+def _why_disabled(plugin: Any, enabled: Any) -> str:
+    if isinstance(enabled, _Failure):
+        return f"enabled failed: {enabled.message}"
+    reason = getattr(plugin, "disabled_because", None)
+    return reason if isinstance(reason, str) and reason else "not configured"
+
+
+def _lane(plugin: Any, given: LaneSettings) -> Lane:
+    limits = getattr(plugin, "limits", None)
+    limits = limits if isinstance(limits, Limits) else Limits()
+    timeout = getattr(plugin, "timeout_seconds", DEFAULT_TIMEOUT_SECONDS)
+    settle = getattr(plugin, "settle_seconds", DEFAULT_SETTLE_SECONDS)
+
+    def choose(first: float | None, second: float) -> float:
+        return second if first is None else first
+
+    return Lane(
+        concurrency=int(choose(given.concurrency, limits.concurrency)),
+        min_interval_seconds=choose(given.min_interval_seconds, limits.min_interval_seconds),
+        timeout_seconds=float(choose(given.timeout_seconds, timeout)),
+        settle_seconds=float(choose(given.settle_seconds, settle)),
+        max_attempts=int(choose(given.max_attempts, limits.max_attempts)),
+    )
+
+
+def _check_order(known: Mapping[str, Registered]) -> None:
+    for item in known.values():
+        for target in (*item.links_to, *item.depends_on):
+            if target not in known:
+                message = (
+                    f"destination {item.name} ({item.origin}) links to or depends on {target!r}, which does not "
+                    f"exist; known are {', '.join(sorted(known))}"
+                )
+                raise ConfigurationError(message)
+    for name in known:
+        circle = _circle(known, name)
+        if circle:
+            message = f"destinations wait for each other in a circle: {' -> '.join(circle)}"
+            raise ConfigurationError(message)
+
+
+def _circle(known: Mapping[str, Registered], start: str) -> list[str]:
+    stack: list[list[str]] = [[start]]
+    while stack:
+        path = stack.pop()
+        item = known[path[-1]]
+        for target in (*item.links_to, *item.depends_on):
+            if target == start:
+                return [*path, start]
+            if target not in path:
+                stack.append([*path, target])
+    return []

@@ -1,0 +1,258 @@
+"""One attempt at one destination: builds the context, calls the plugin within its time, names the ending.
+
+This is the only place that runs plugin code while records are on their way.
+"""
+
+import asyncio
+import inspect
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from consumer.destinations.contract import (
+    Absent,
+    Answer,
+    ExportContext,
+    ExportResult,
+    LastExport,
+    Partial,
+    Present,
+    Unsure,
+)
+from consumer.destinations.registry import Registered
+from consumer.errors import DestinationError, Transient, UnknownOutcome
+from consumer.events import Activity, DestinationResult, job_id, restore_built
+from consumer.pipeline.retry import Ending
+from consumer.store.rows import Claim, StepRow, StepState
+from consumer.telemetry import get_logger
+
+_log = get_logger()
+
+Save = Callable[[Claim, Mapping[str, Any]], Awaitable[None]]
+
+
+class LeaseLostError(Exception):
+    """Another process has taken the step over: nothing of this attempt may be written any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Declined:
+    """The destination does not want this record (``accepts`` said no)."""
+
+
+class Caller:
+    """Calls one destination's plugin; plain functions run in threads of their own."""
+
+    def __init__(self, destination: Registered) -> None:
+        self.destination = destination
+        self._threads = ThreadPoolExecutor(
+            max_workers=destination.lane.concurrency, thread_name_prefix=destination.name
+        )
+        #: threads that outlived their attempt: they keep their slot until they end
+        self.hung: set[asyncio.Future[Any]] = set()
+
+    def close(self) -> None:
+        """Give the threads up; one that hangs cannot be stopped."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def export(self, context: ExportContext) -> Ending | Declined:
+        """Run ``accepts`` and ``export``; every ending is a value, ``CancelledError`` passes."""
+        accepts = getattr(self.destination.plugin, "accepts", None)
+        try:
+            if accepts is not None and not await self._call(accepts, context):
+                return Declined()
+            result = await self._call(self.destination.plugin.export, context)
+        except Exception as error:  # noqa: BLE001 - a foreign plugin may raise anything
+            return self._ending(error)
+        if isinstance(result, ExportResult):
+            return result
+        if all(hasattr(result, name) for name in ("success", "record_id", "record_url", "error_message")):
+            return _converted(result, self.destination.name)
+        return UnknownOutcome(
+            f"export returned {type(result).__name__} instead of an ExportResult", code="bad_result"
+        )
+
+    async def verify(self, context: ExportContext) -> Answer | DestinationError:
+        """Ask whether the record is there; every failure to answer is ``Unsure`` or an error value."""
+        try:
+            answer = await self._call(self.destination.plugin.verify, context)
+        except DestinationError as error:
+            return error
+        except Exception as error:  # noqa: BLE001 - a foreign plugin may raise anything
+            self._raise_if_lost(error)
+            return Unsure(f"{type(error).__name__}: {error}")
+        known = Present | Partial | Absent | Unsure
+        return answer if isinstance(answer, known) else Unsure(f"verify returned {type(answer).__name__}")
+
+    async def validate(self) -> str | None:
+        """Run ``validate_config``; returns what is wrong, or None."""
+        try:
+            answer = await self._call(self.destination.plugin.validate_config)
+        except Exception as error:  # noqa: BLE001 - a foreign plugin may raise anything
+            return f"{type(error).__name__}: {error}"
+        valid, message = answer if isinstance(answer, tuple) and len(answer) == 2 else (bool(answer), None)  # noqa: PLR2004
+        return None if valid else str(message or "validate_config said no without a reason")
+
+    async def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        seconds = self.destination.lane.timeout_seconds
+        if inspect.iscoroutinefunction(function):
+            async with asyncio.timeout(seconds):
+                return await function(*arguments)
+        future = asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+        done, _ = await asyncio.wait({future}, timeout=seconds)
+        if not done:
+            self.hung.add(future)
+            future.add_done_callback(self._ended_late)
+            raise TimeoutError
+        result = future.result()
+        if inspect.isawaitable(result):
+            async with asyncio.timeout(seconds):
+                return await result
+        return result
+
+    def _ended_late(self, future: asyncio.Future[Any]) -> None:
+        self.hung.discard(future)
+        if not future.cancelled() and future.exception() is not None:
+            _log.info("late_attempt_ended", destination=self.destination.name, error=str(future.exception()))
+
+    def _ending(self, error: Exception) -> Ending:
+        self._raise_if_lost(error)
+        if isinstance(error, DestinationError):
+            return error
+        if isinstance(error, TimeoutError):
+            seconds = self.destination.lane.timeout_seconds
+            return UnknownOutcome(f"no answer within {seconds:g} s", code="timeout")
+        text = f"{type(error).__name__}: {error}"
+        if isinstance(error, ConnectionRefusedError | socket.gaierror):
+            return Transient(text, code="cannot_connect")
+        # whatever it was, a request may have left before it
+        return UnknownOutcome(text, code="plugin_error")
+
+    @staticmethod
+    def _raise_if_lost(error: Exception) -> None:
+        if isinstance(error, LeaseLostError):
+            raise error
+
+
+def _converted(result: Any, name: str) -> ExportResult:
+    """Take the result object of a plugin that was written for NexusLIMS."""
+    return ExportResult(
+        success=bool(result.success),
+        destination_name=name,
+        record_id=None if result.record_id is None else str(result.record_id),
+        record_url=result.record_url,
+        error_message=result.error_message,
+        metadata=dict(getattr(result, "metadata", None) or {}),
+    )
+
+
+def build_context(
+    claim: Claim, xml_path: Path, save: Save, hashes: frozenset[str], data_roots: tuple[Path | None, Path | None]
+) -> ExportContext:
+    """Collect what a destination may know of the record; ``data_roots``: instrument data, previews."""
+    event = restore_built(claim.job.event)
+    data, known, copy = event.data, claim.job.facts, claim.copy
+    last = None
+    if copy.record_id is not None:
+        last = LastExport(copy.record_id, copy.record_url, copy.sent_sha256, copy.stored_sha256)
+    remembered = dict(copy.remembered)
+
+    async def save_facts(_facts: Mapping[str, Any]) -> None:
+        await save(claim, remembered)
+
+    return ExportContext(
+        xml_file_path=xml_path,
+        session_identifier=claim.job.session,
+        instrument_pid=data.instrument_pid or known.get("instrument_pid") or "unknown",
+        dt_from=data.dt_from or _moment(known.get("dt_from")) or claim.job.build_time,
+        dt_to=data.dt_to or _moment(known.get("dt_to")) or claim.job.build_time,
+        user=data.user or known.get("user"),
+        metadata=dict(data.metadata),
+        previous_results={s.destination: _previous(s) for s in claim.siblings if s.result or s.state.terminal},
+        activities=[_activity(activity, data_roots) for activity in data.activities],
+        reservation_event=data.reservation,
+        record_key=record_key(claim.job.session, claim.step.destination),
+        record_sha256=claim.job.record_sha256 or "",
+        purpose="update" if last else "create",
+        last_export=last,
+        remembered=remembered,
+        save_facts=save_facts,
+        sent_hashes=hashes,
+    )
+
+
+def record_key(session: str, destination: str) -> str:
+    """Name the copy of a session at a destination, the same for ever."""
+    return str(job_id(f"urn:nexus-export:copy:{destination}", session))
+
+
+def _moment(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None
+
+
+def _previous(step: StepRow) -> ExportResult:
+    known = step.result or {}
+    done = step.state is StepState.DONE
+    return ExportResult(
+        success=done,
+        destination_name=step.destination,
+        record_id=known.get("record_id") if done else None,
+        record_url=known.get("record_url") if done else None,
+        error_message=None if done else (step.reason or str(step.state)),
+        timestamp=_moment(known.get("timestamp")) or step.first_attempt_at or datetime.now().astimezone(),
+        metadata=known.get("metadata") or {},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ContextActivity:
+    """An activity as plugins see it; paths are absolute, a preview that may not be opened is None."""
+
+    files: tuple[str, ...]
+    previews: tuple[Path | None, ...]
+    start: datetime | None
+    end: datetime | None
+    setup_params: dict[str, Any]
+
+
+def _activity(activity: Activity, data_roots: tuple[Path | None, Path | None]) -> ContextActivity:
+    instrument_root, preview_root = data_roots
+    return ContextActivity(
+        files=tuple(str(instrument_root / name) if instrument_root else name for name in activity.files),
+        previews=tuple(_below(preview_root, name) for name in activity.previews),
+        start=activity.start,
+        end=activity.end,
+        setup_params=dict(activity.setup),
+    )
+
+
+def _below(root: Path | None, name: str | None) -> Path | None:
+    """Return a preview's path if it is a real file inside its root, else None with a warning."""
+    if root is None or not name:
+        return None
+    path = root / name
+    inside = not Path(name).is_absolute() and path.resolve().is_relative_to(root.resolve())
+    if inside and path.is_file():
+        return path
+    _log.warning("preview_skipped", preview=name, reason="missing, or not inside NX_DATA_PATH")
+    return None
+
+
+def step_result(ending: ExportResult, claim: Claim) -> dict[str, Any]:
+    """Return what is stored of a success: the result that listeners get."""
+    action = ending.action or ("updated" if claim.copy.record_id is not None else "created")
+    return stored_result(
+        claim, ending.timestamp, action=action, record_id=ending.record_id, record_url=ending.record_url,
+        metadata=ending.metadata,
+    )  # fmt: skip
+
+
+def stored_result(claim: Claim, at: datetime, **values: Any) -> dict[str, Any]:
+    """Return a result as a JSON object; its shape is checked by the event model."""
+    aware = at if at.tzinfo else at.astimezone()
+    model = DestinationResult(destination=claim.step.destination, success=True, timestamp=aware, **values)
+    return model.model_dump(mode="json", include={"action", "record_id", "record_url", "metadata", "timestamp"})

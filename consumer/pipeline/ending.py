@@ -1,0 +1,153 @@
+"""What the ending of an attempt or look-up makes of step, copy, lane and upload_log: all that T4 will write."""
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+
+from consumer.destinations.contract import Absent, Answer, ExportResult, Partial, Present
+from consumer.destinations.registry import Registered
+from consumer.errors import DestinationError, UnknownOutcome
+from consumer.pipeline.attempt import step_result, stored_result
+from consumer.pipeline.retry import PROBE_SECONDS, Facts, Policy, Verdict, judge, still_unknown, surely_absent
+from consumer.store.rows import AttemptEnd, Claim, CopyChange, LaneChange, LaneState, LogEntry, StepChange, StepState
+
+
+@dataclass(frozen=True, slots=True)
+class RetrySettings:
+    """Bounds of waiting that all destinations share."""
+
+    base_seconds: float
+    max_seconds: float
+    max_wait_seconds: float
+
+
+class Endings:
+    """Turns endings into what is written; ``clock`` is the database's time."""
+
+    def __init__(self, retry: RetrySettings, clock: Callable[[], datetime]) -> None:
+        self._retry = retry
+        self._clock = clock
+        self._draw = random.Random()  # noqa: S311 - jitter, not a secret
+
+    def of_attempt(
+        self, claim: Claim, destination: Registered, ending: ExportResult | DestinationError, started: float
+    ) -> AttemptEnd:
+        """Judge an export that ended; ``started`` is its monotonic start."""
+        now = self._clock()
+        verdict = judge(ending, _facts(claim, now, counts=True), self._policy(destination), self._draw)
+        log = _log_entry(claim, now, started, verdict)
+        lane = _lane_change(destination, verdict, now)
+        if verdict.state is not StepState.DONE or not isinstance(ending, ExportResult):
+            result = {"next_action": verdict.next_action, "timestamp": now.isoformat()}
+            return AttemptEnd(claim, replace(_change(claim, verdict), result=result), log, None, lane)
+        sha256 = claim.job.record_sha256
+        copy = CopyChange(
+            ending.record_id or "", ending.record_url, sha256, ending.stored_sha256 or sha256, claim.job.build_time
+        )
+        log = replace(
+            log, success=True, record_id=ending.record_id, record_url=ending.record_url, metadata=ending.metadata
+        )
+        change = replace(_change(claim, verdict), result=step_result(ending, claim))
+        return AttemptEnd(claim, change, log, copy, lane)
+
+    def of_look_up(
+        self, claim: Claim, destination: Registered, answer: Answer | DestinationError, started: float
+    ) -> AttemptEnd:
+        """Judge a look-up: found, partly there, surely absent, or still unknown."""
+        now = self._clock()
+        if isinstance(answer, Present):
+            return self._found(claim, answer, now, started)
+        if isinstance(answer, DestinationError) and not isinstance(answer, UnknownOutcome):
+            return self._raised(claim, destination, answer, started)
+        facts, policy = _facts(claim, now, counts=False), self._policy(destination)
+        if isinstance(answer, Partial):
+            verdict = Verdict(StepState.DUE, "partial", "part of it is there", now, counts=False)
+        elif isinstance(answer, Absent):
+            verdict = surely_absent(facts, policy, claim.step.last_request_at or now, self._draw)
+        else:
+            reason = str(answer) if isinstance(answer, UnknownOutcome) else answer.reason
+            verdict = still_unknown(facts, policy, self._draw, reason or "the look-up gave no answer")
+        return AttemptEnd(claim, _change(claim, verdict, looked_up=True), None)
+
+    def _found(self, claim: Claim, answer: Present, now: datetime, started: float) -> AttemptEnd:
+        action = "updated" if claim.copy.record_id is not None else "created"
+        result = stored_result(claim, now, action=action, record_id=answer.id, record_url=answer.url)
+        verdict = Verdict(StepState.DONE, counts=False)
+        log = replace(
+            _log_entry(claim, now, started, verdict),
+            success=True, record_id=answer.id, record_url=answer.url, purpose="verify", attempt=claim.step.attempts,
+        )  # fmt: skip
+        sha256 = claim.job.record_sha256
+        copy = CopyChange(answer.id, answer.url, sha256, sha256, claim.job.build_time)
+        return AttemptEnd(claim, replace(_change(claim, verdict, looked_up=True), result=result), log, copy)
+
+    def _raised(self, claim: Claim, destination: Registered, error: DestinationError, started: float) -> AttemptEnd:
+        """Judge a look-up that raised: a paused lane or a wait leave the outcome as unknown as it was."""
+        end = self.of_attempt(claim, destination, error, started)
+        state = StepState.UNSETTLED if end.step.state is StepState.DUE else end.step.state
+        return replace(end, step=replace(end.step, state=state, counts=False, looked_up=True))
+
+    def _policy(self, destination: Registered) -> Policy:
+        return Policy(
+            max_attempts=destination.lane.max_attempts,
+            base_seconds=self._retry.base_seconds,
+            max_seconds=self._retry.max_seconds,
+            max_wait_seconds=self._retry.max_wait_seconds,
+            settle_seconds=destination.lane.settle_seconds,
+            can_verify=destination.can_verify,
+        )
+
+
+def skipped(claim: Claim, reason: str) -> AttemptEnd:
+    """Return the end of a step that its destination did not want."""
+    change = StepChange(claim.job.id, claim.step.destination, StepState.SKIPPED, None, reason)
+    return AttemptEnd(claim, change, None)
+
+
+def of_superseded(end: AttemptEnd) -> AttemptEnd:
+    """Let an attempt end whose job a newer build has superseded: it is not tried again."""
+    if end.step.state is not StepState.DUE:
+        return end
+    return replace(end, step=replace(end.step, state=StepState.SUPERSEDED, next_attempt_at=None))
+
+
+def _lane_change(destination: Registered, verdict: Verdict, now: datetime) -> LaneChange | None:
+    if verdict.pause:
+        probe_at = now + timedelta(seconds=PROBE_SECONDS)
+        return LaneChange(destination.name, LaneState.PAUSED, verdict.message, None, probe_at)
+    if verdict.not_before is not None:
+        return LaneChange(destination.name, LaneState.ACTIVE, verdict.message, verdict.not_before)
+    return None
+
+
+def _change(claim: Claim, verdict: Verdict, *, looked_up: bool = False) -> StepChange:
+    return StepChange(
+        claim.job.id, claim.step.destination, verdict.state, verdict.error_code, verdict.message,
+        verdict.next_attempt_at, counts=verdict.counts, looked_up=looked_up,
+    )  # fmt: skip
+
+
+def _facts(claim: Claim, now: datetime, *, counts: bool) -> Facts:
+    step = claim.step
+    return Facts(step.attempts + (1 if counts else 0), step.lookups, step.due_since or now, now)
+
+
+def _log_entry(claim: Claim, now: datetime, started: float, verdict: Verdict) -> LogEntry:
+    return LogEntry(
+        session=claim.job.session,
+        destination=claim.step.destination,
+        success=False,
+        timestamp=now,
+        record_id=None,
+        record_url=None,
+        error_message=verdict.message,
+        metadata={},
+        event_id=claim.job.event_id,
+        source=claim.job.source,
+        attempt=claim.step.attempts + 1,
+        error_code=verdict.error_code,
+        duration_seconds=round(time.monotonic() - started, 6),
+        purpose="update" if claim.copy.record_id is not None else "create",
+    )

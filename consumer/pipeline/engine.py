@@ -1,0 +1,292 @@
+"""The engine: claims due steps (T2), runs them, and writes down what became of them (T4)."""
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from consumer.destinations.contract import ExportContext, ExportResult
+from consumer.destinations.registry import Registered, Registry
+from consumer.errors import UnknownOutcome
+from consumer.pipeline.attempt import Caller, Declined, LeaseLostError, build_context
+from consumer.pipeline.decide import may_start
+from consumer.pipeline.ending import Endings, RetrySettings, of_superseded, skipped
+from consumer.pipeline.progress import Ended, Progress, log_ended
+from consumer.pipeline.signals import Signals, wait
+from consumer.pipeline.snapshot import Spool
+from consumer.store import jobs, lanes, steps
+from consumer.store.connection import Connection, Database, DatabaseError
+from consumer.store.rows import AttemptEnd, Claim, LaneChange, LaneRow, LaneState
+from consumer.store.steps import Wanted
+from consumer.telemetry import get_logger
+
+#: A lease outlives the longest attempt by this much: time to write the result down.
+LEASE_MARGIN_SECONDS = 30.0
+IDLE_SECONDS = 1.0
+
+_log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What the engine needs to know beside the destinations."""
+
+    owner: str
+    retry: RetrySettings
+    instrument_root: Path | None
+    data_root: Path | None
+
+
+class Engine:
+    """Runs due steps; each destination has its own slots, and a step that waits is a row, not a task."""
+
+    def __init__(
+        self,
+        database: Database,
+        registry: Registry,
+        progress: Progress,
+        signals: Signals,
+        *,
+        spool: Spool,
+        settings: EngineSettings,
+    ) -> None:
+        self._database = database
+        self._registry = registry
+        self._progress = progress
+        self._spool = spool
+        self._settings = settings
+        self._endings = Endings(settings.retry, database.clock)
+        self.callers = {name: Caller(item) for name, item in registry.enabled.items()}
+        self._running: dict[asyncio.Task[None], Claim] = {}
+        self._results: asyncio.Queue[AttemptEnd] = asyncio.Queue()
+        self._stopping = False
+        self._signals = signals
+
+    # --- running -------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Claim and run steps until ``stop``; results are written as they come, in groups."""
+        writer = asyncio.create_task(self._write_results())
+        try:
+            await self._claim_until_stopped()
+        finally:
+            await self._results.join()
+            writer.cancel()
+            with suppress(asyncio.CancelledError):
+                await writer
+            for caller in self.callers.values():
+                caller.close()
+
+    async def _claim_until_stopped(self) -> None:
+        while not self._stopping:
+            self._signals.steps.clear()
+            try:
+                claims = await self._claim()
+            except DatabaseError as error:
+                _log.error("engine_database_away", reason=str(error).splitlines()[0])
+                await asyncio.sleep(IDLE_SECONDS)
+                continue
+            for claim in claims:
+                task = asyncio.create_task(self._run_step(claim))
+                self._running[task] = claim
+                task.add_done_callback(self._finished)
+            if not claims:
+                await wait(self._signals.steps, IDLE_SECONDS)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._running.pop(task, None)
+        self._signals.steps.set()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("attempt_crashed", exc_info=error)
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Claim nothing more; give running attempts the grace, then cut them: they become unsettled."""
+        self._stopping = True
+        self._signals.steps.set()
+        if self._running:
+            _, late = await asyncio.wait(set(self._running), timeout=grace_seconds)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late, timeout=2)
+
+    @property
+    def busy(self) -> int:
+        """Return how many attempts run now."""
+        return len(self._running)
+
+    # --- T2: claiming --------------------------------------------------------------------------------------
+
+    async def _claim(self) -> list[Claim]:
+        free = self._free_slots()
+        if not free:
+            return []
+        async with self._database.write() as connection:
+            now = await self._database.now(connection)
+            states = await lanes.load(connection)
+            claims: list[Claim] = []
+            for name, slots in free.items():
+                wanted = self._wanted(name, slots, states.get(name), now)
+                if wanted is not None:
+                    claims += await self._claim_lane(connection, wanted, now)
+            return await self._with_siblings(connection, claims)
+
+    def _free_slots(self) -> dict[str, int]:
+        used: dict[str, int] = {}
+        for claim in self._running.values():
+            used[claim.step.destination] = used.get(claim.step.destination, 0) + 1
+        free = {
+            name: caller.destination.lane.concurrency - used.get(name, 0) - len(caller.hung)
+            for name, caller in self.callers.items()
+        }
+        return {name: slots for name, slots in free.items() if slots > 0}
+
+    def _wanted(self, name: str, slots: int, lane: LaneRow | None, now: datetime) -> Wanted | None:
+        limits = self._registry.enabled[name].lane
+        if lane is not None:
+            waits = [moment for moment in (lane.not_before, lane.next_slot_at) if moment is not None]
+            if lane.state is not LaneState.ACTIVE or any(moment > now for moment in waits):
+                return None
+        if limits.min_interval_seconds > 0:
+            slots = 1
+        return Wanted(name, slots, limits.timeout_seconds + LEASE_MARGIN_SECONDS)
+
+    async def _claim_lane(self, connection: Connection, wanted: Wanted, now: datetime) -> list[Claim]:
+        found = await steps.due_steps(connection, wanted, now, lock=not self._database.is_sqlite)
+        if not found:
+            return []
+        of_jobs = await jobs.load_jobs(connection, {step.job_id for step in found})
+        until = now + timedelta(seconds=wanted.lease_seconds)
+        ready = [steps.unclaimed(step, of_jobs[step.job_id], until) for step in found]
+        if any(claim.job.strategy == "first_success" for claim in ready):
+            ready = await self._one_at_a_time(connection, ready)
+        taken = await steps.claim(connection, ready, self._settings.owner, now, is_sqlite=self._database.is_sqlite)
+        interval = self._registry.enabled[wanted.destination].lane.min_interval_seconds
+        if taken and interval > 0:
+            at = now + timedelta(seconds=interval)
+            await lanes.book_slot(connection, wanted.destination, at, is_sqlite=self._database.is_sqlite)
+        return taken
+
+    async def _one_at_a_time(self, connection: Connection, ready: list[Claim]) -> list[Claim]:
+        siblings = await jobs.load_steps(connection, {claim.job.id for claim in ready})
+        view = self._progress.view
+        return [
+            claim
+            for claim in ready
+            if may_start(claim.job.strategy, view(claim.step), [view(s) for s in siblings[claim.job.id]])
+        ]
+
+    async def _with_siblings(self, connection: Connection, claims: list[Claim]) -> list[Claim]:
+        if not claims or len(self.callers) == 1:
+            return claims
+        of_jobs = await jobs.load_steps(connection, {claim.job.id for claim in claims})
+        return [
+            replace(
+                claim, siblings=tuple(s for s in of_jobs[claim.job.id] if s.destination != claim.step.destination)
+            )
+            for claim in claims
+        ]
+
+    # --- one step ------------------------------------------------------------------------------------------
+
+    async def _run_step(self, claim: Claim) -> None:
+        """Run one claimed step: look first if its outcome is unknown, else export; hand the ending on."""
+        started = time.monotonic()
+        destination = self._registry.enabled[claim.step.destination]
+        try:
+            if claim.looks_up:
+                end = await self._look_up(claim, destination, started)
+            else:
+                end = await self._export(claim, destination, started)
+        except LeaseLostError:
+            _log.warning("lease_lost", session=claim.job.session, destination=claim.step.destination)
+            return
+        except asyncio.CancelledError:
+            ending = UnknownOutcome("the service was stopped during the attempt", code="interrupted")
+            end = self._endings.of_attempt(claim, destination, ending, started)
+        self._results.put_nowait(end)
+
+    async def _export(self, claim: Claim, destination: Registered, started: float) -> AttemptEnd:
+        copy, sha256 = claim.copy, claim.job.record_sha256
+        if copy.record_id is not None and copy.sent_sha256 == sha256 and not destination.can_verify:
+            # it cannot compare for itself, and a second export could become a second copy
+            known = ExportResult(
+                success=True, destination_name=destination.name, record_id=copy.record_id,
+                record_url=copy.record_url, action="unchanged",
+            )  # fmt: skip
+            return self._endings.of_attempt(claim, destination, known, started)
+        context = await self._context(claim)
+        ending = await self.callers[destination.name].export(context)
+        if isinstance(ending, Declined):
+            return skipped(claim, "the destination does not accept this record")
+        return self._endings.of_attempt(claim, destination, ending, started)
+
+    async def _context(self, claim: Claim) -> ExportContext:
+        roots = (self._settings.instrument_root, self._settings.data_root)
+        path = self._spool.path(claim.job.record_sha256 or "", claim.job.record_name or "")
+        hashes: frozenset[str] = frozenset()
+        if claim.looks_up or claim.copy.record_id is not None or claim.copy.remembered:
+            async with self._database.read() as connection:
+                hashes = await jobs.sent_hashes(connection, claim.job.session)
+        return build_context(claim, path, self._remember, hashes, roots)
+
+    async def _remember(self, claim: Claim, facts: Mapping[str, Any]) -> None:
+        async with self._database.write() as connection:
+            if not await steps.remember(connection, claim, facts):
+                raise LeaseLostError
+
+    async def _look_up(self, claim: Claim, destination: Registered, started: float) -> AttemptEnd:
+        """Ask the destination what became of a request whose outcome is unknown."""
+        answer = await self.callers[destination.name].verify(await self._context(claim))
+        return self._endings.of_look_up(claim, destination, answer, started)
+
+    # --- T4: results ---------------------------------------------------------------------------------------
+
+    async def _write_results(self) -> None:
+        """Write results in groups: what comes while one commit runs is in the next."""
+        while True:
+            batch = [await self._results.get()]
+            while not self._results.empty():
+                batch.append(self._results.get_nowait())
+            while not await self._try_write(batch):  # noqa: ASYNC110 - the database gives no event when it is back
+                await asyncio.sleep(IDLE_SECONDS)
+            for _ in batch:
+                self._results.task_done()
+            self._signals.steps.set()
+            self._signals.outcomes.set()
+
+    async def _try_write(self, batch: Sequence[AttemptEnd]) -> bool:
+        try:
+            async with self._database.write() as connection:
+                now = await self._database.now(connection)
+                ended = await self._write_batch(connection, batch, now)
+        except DatabaseError as error:
+            _log.error("result_not_written", reason=str(error).splitlines()[0], retry_in_seconds=IDLE_SECONDS)
+            return False
+        log_ended(ended)
+        return True
+
+    async def _write_batch(self, connection: Connection, batch: Sequence[AttemptEnd], now: datetime) -> list[Ended]:
+        ids: set[UUID] = {end.claim.job.id for end in batch}
+        current = await jobs.load_jobs(connection, ids, lock=not self._database.is_sqlite)
+        ends = await steps.lock_copies(connection, batch)
+        for lost in set(map(id, batch)) - set(map(id, ends)):
+            _log.warning("result_refused", reason="another process took the step over", end=lost)
+        written = [of_superseded(end) if current[end.claim.job.id].superseded_by else end for end in ends]
+        await steps.write_ends(connection, written, now)
+        changes = {end.lane.destination: end.lane for end in written if end.lane is not None}
+        if changes:
+            before = await lanes.load(connection)
+            await lanes.change(connection, list(changes.values()), now, is_sqlite=self._database.is_sqlite)
+            if any(_changes_state(before.get(name), change) for name, change in changes.items()):
+                await jobs.decide_waiting_jobs(connection, now)
+        return await self._progress.advance(connection, ids, now)
+
+
+def _changes_state(before: LaneRow | None, change: LaneChange) -> bool:
+    return (before.state if before else LaneState.ACTIVE) is not change.state

@@ -1,0 +1,129 @@
+"""What only time brings: abandoned steps, probes of paused lanes, patience that ended, waits that are too long."""
+
+import asyncio
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from uuid import UUID
+
+from consumer.destinations.registry import Registry
+from consumer.pipeline.attempt import Caller
+from consumer.pipeline.progress import Progress, log_ended
+from consumer.pipeline.retry import PROBE_SECONDS
+from consumer.pipeline.signals import Signals
+from consumer.store import consumers, jobs, lanes, steps
+from consumer.store.connection import Connection, Database, DatabaseError
+from consumer.store.rows import LaneChange, LaneRow, LaneState
+from consumer.telemetry import get_logger
+
+TICK_SECONDS = 1.0
+HEARTBEAT_SECONDS = 5.0
+DECISIONS = 500
+
+_log = get_logger()
+
+
+class Housekeeping:
+    """Looks once a second for work that no event announces."""
+
+    def __init__(
+        self,
+        database: Database,
+        registry: Registry,
+        progress: Progress,
+        signals: Signals,
+        callers: Mapping[str, Caller],
+        *,
+        owner: str,
+        max_wait_seconds: float,
+    ) -> None:
+        self._database = database
+        self._registry = registry
+        self._progress = progress
+        self._callers = callers
+        self._owner = owner
+        self._max_wait = timedelta(seconds=max_wait_seconds)
+        self._beat_at: datetime | None = None
+        self.broker_connected = False
+        self._signals = signals
+
+    async def recover(self) -> int:
+        """At start: turn every step that a dead engine left running into one whose outcome is unknown."""
+        async with self._database.write() as connection:
+            now = await self._database.now(connection)
+            found = await self._abandon(connection, now, everything=self._database.is_sqlite)
+        if found:
+            _log.warning("steps_recovered", count=found)
+        return found
+
+    async def run(self) -> None:
+        """Look until cancelled."""
+        while True:
+            try:
+                await self.tick()
+            except DatabaseError as error:
+                _log.error("housekeeping_database_away", reason=str(error).splitlines()[0])
+            await asyncio.sleep(TICK_SECONDS)
+
+    async def tick(self) -> None:
+        """Do what is due now; writes only when something is."""
+        async with self._database.read() as connection:
+            now = await self._database.now(connection)
+            decisions = await jobs.due_decisions(connection, now, DECISIONS)
+            states = await lanes.load(connection)
+            late = await steps.waited_too_long(connection, now - self._max_wait)
+        if decisions or late:
+            await self._decide(decisions, late)
+        for lane in states.values():
+            if lane.state is LaneState.PAUSED and lane.probe_at is not None and lane.probe_at <= now:
+                await self._probe(lane)
+        if not self._database.is_sqlite:
+            async with self._database.write() as connection:
+                await self._abandon(connection, await self._database.now(connection), everything=False)
+        await self._heartbeat(now)
+        self._signals.steps.set()
+
+    async def _heartbeat(self, now: datetime) -> None:
+        if self._beat_at is None or now - self._beat_at >= timedelta(seconds=HEARTBEAT_SECONDS):
+            async with self._database.write() as connection:
+                await consumers.beat(
+                    connection, self._owner, now, connected=self.broker_connected,
+                    is_sqlite=self._database.is_sqlite,
+                )  # fmt: skip
+            self._beat_at = now
+
+    async def _decide(self, decisions: list[UUID], late: list[tuple[UUID, str]]) -> None:
+        async with self._database.write() as connection:
+            now = await self._database.now(connection)
+            await steps.give_up(connection, late)
+            await jobs.decide_later(connection, [(job, None) for job in decisions])
+            ended = await self._progress.advance(connection, {*decisions, *(job for job, _ in late)}, now)
+        log_ended(ended)
+        self._signals.outcomes.set()
+
+    async def _probe(self, lane: LaneRow) -> None:
+        """Ask a paused destination again, so that a mended token needs no command."""
+        caller = self._callers.get(lane.destination)
+        if caller is None:
+            return
+        problem = await caller.validate()
+        async with self._database.write() as connection:
+            now = await self._database.now(connection)
+            if problem is None:
+                change = LaneChange(lane.destination, LaneState.ACTIVE)
+                _log.info("lane_resumed", destination=lane.destination)
+            else:
+                probe_at = now + timedelta(seconds=PROBE_SECONDS)
+                change = LaneChange(lane.destination, LaneState.PAUSED, problem, None, probe_at)
+            await lanes.change(connection, [change], now, is_sqlite=self._database.is_sqlite)
+
+    async def _abandon(self, connection: Connection, now: datetime, *, everything: bool) -> int:
+        found = await steps.abandoned_steps(connection, now, everything=everything)
+        for job, destination in found:
+            known = self._registry.known.get(destination)
+            await steps.abandon(
+                connection, job, destination, now,
+                can_verify=known.can_verify if known else False, dead=everything,
+            )  # fmt: skip
+        if found:
+            await self._progress.advance(connection, {job for job, _ in found}, now)
+        return len(found)

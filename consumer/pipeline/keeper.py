@@ -1,0 +1,163 @@
+"""Takes jobs whose record is not kept yet: reads and checks the record, keeps it, and lets the steps begin."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from consumer.errors import RecordError, RecordNotThereYet, RecordsRootMissing
+from consumer.events import restore_built
+from consumer.pipeline.progress import Ended, Progress, log_ended
+from consumer.pipeline.signals import Signals, wait
+from consumer.pipeline.snapshot import Snapshot, SnapshotReader, Spool
+from consumer.store import jobs
+from consumer.store.connection import Connection, Database, DatabaseError
+from consumer.store.rows import JobRow
+from consumer.telemetry import get_logger
+
+BATCH = 128
+BATCH_BYTES = 64 * 1024**2
+IDLE_SECONDS = 1.0
+ROOT_RETRY_SECONDS = 5.0
+FILE_RETRY_MAX_SECONDS = 30.0
+
+_log = get_logger()
+
+Read = Snapshot | RecordError | OSError
+
+
+@dataclass(slots=True)
+class Health:
+    """Why records cannot be read now, for readiness and ``status``; empty when they can."""
+
+    problem: str = ""
+
+
+class Keeper:
+    """Reads records in batches in a thread; ``wait_seconds`` is how long a file may be missing."""
+
+    def __init__(
+        self,
+        database: Database,
+        progress: Progress,
+        signals: Signals,
+        reader: SnapshotReader,
+        spool: Spool,
+        *,
+        wait_seconds: float,
+    ) -> None:
+        self._database = database
+        self._progress = progress
+        self._reader = reader
+        self._spool = spool
+        self._wait = timedelta(seconds=wait_seconds)
+        self.health = Health()
+        self._signals = signals
+
+    async def run(self) -> None:
+        """Keep records until cancelled."""
+        while True:
+            self._signals.records.clear()
+            try:
+                found = await self.keep_once()
+            except DatabaseError as error:
+                _log.error("keeper_database_away", reason=str(error).splitlines()[0])
+                await asyncio.sleep(IDLE_SECONDS)
+                continue
+            if not found:
+                await wait(self._signals.records, IDLE_SECONDS)
+
+    async def keep_once(self) -> int:
+        """Take one batch; returns how many jobs were due."""
+        batch = await self._take()
+        if not batch:
+            return 0
+        read = await asyncio.to_thread(self._read_and_keep, batch)
+        ended = await self._write(batch, read)
+        log_ended(ended)
+        self._signals.steps.set()
+        if ended:
+            self._signals.outcomes.set()
+        return len(batch)
+
+    async def _take(self) -> list[JobRow]:
+        # one keeper runs in a process and SQLite has one engine: only PostgreSQL needs a lease
+        if self._database.is_sqlite:
+            async with self._database.read() as connection:
+                now = await self._database.now(connection)
+                return await jobs.take_for_snapshot(connection, now, BATCH, lease=False)
+        async with self._database.write() as connection:
+            now = await self._database.now(connection)
+            return await jobs.take_for_snapshot(connection, now, BATCH, lease=True)
+
+    def _read_and_keep(self, batch: Sequence[JobRow]) -> list[Read]:
+        """Read in portions of bounded size, so that a batch of large records stays out of memory."""
+        found: list[Read] = []
+        portion: list[Snapshot] = []
+        for job in batch:
+            try:
+                snapshot = self._reader.read(restore_built(job.event).data)
+            except RecordError as error:
+                found.append(error)
+                continue
+            found.append(Snapshot(snapshot.sha256, snapshot.name, b"", snapshot.facts))
+            portion.append(snapshot)
+            if sum(len(item.content) for item in portion) > BATCH_BYTES:
+                self._keep(portion, found)
+                portion = []
+        self._keep(portion, found)
+        return found
+
+    def _keep(self, portion: list[Snapshot], found: list[Read]) -> None:
+        try:
+            self._spool.keep(portion)
+        except OSError as error:
+            names = {item.sha256 for item in portion}
+            found[:] = [error if isinstance(item, Snapshot) and item.sha256 in names else item for item in found]
+
+    async def _write(self, batch: Sequence[JobRow], read: Sequence[Read]) -> list[Ended]:
+        problem = ""
+        async with self._database.write() as connection:
+            now = await self._database.now(connection)
+            kept = [
+                (job.id, item.sha256, item.name, item.facts)
+                for job, item in zip(batch, read, strict=True)
+                if isinstance(item, Snapshot)
+            ]
+            await jobs.keep_snapshots(connection, kept)
+            for job, item in zip(batch, read, strict=True):
+                if not isinstance(item, Snapshot):
+                    problem = await self._refuse(connection, job, item, now) or problem
+            ended = await self._progress.advance(connection, [job.id for job in batch], now)
+        self._report(problem)
+        return ended
+
+    async def _refuse(self, connection: Connection, job: JobRow, error: RecordError | OSError, now: datetime) -> str:
+        """Write down why a record is not kept; returns a problem that concerns all records."""
+        if isinstance(error, OSError):
+            problem = f"the spool {self._spool.root} cannot be written: {error.strerror}"
+            await jobs.postpone_snapshot(
+                connection, job.id, now + timedelta(seconds=ROOT_RETRY_SECONDS), counts=False
+            )
+            return problem
+        if isinstance(error, RecordsRootMissing):
+            await jobs.postpone_snapshot(
+                connection, job.id, now + timedelta(seconds=ROOT_RETRY_SECONDS), counts=False
+            )
+            return str(error)
+        if isinstance(error, RecordNotThereYet) and now < job.snapshot_since + self._wait:
+            pause = min(FILE_RETRY_MAX_SECONDS, 0.5 * 2 ** min(job.snapshot_tries, 10))
+            due_at = min(now + timedelta(seconds=pause), job.snapshot_since + self._wait)
+            await jobs.postpone_snapshot(connection, job.id, due_at, counts=True)
+            if job.snapshot_tries == 0:
+                _log.warning("record_not_there_yet", session=job.session, reason=str(error))
+            return ""
+        await jobs.fail_all_steps(connection, job.id, error.code, str(error))
+        return ""
+
+    def _report(self, problem: str) -> None:
+        if problem and problem != self.health.problem:
+            _log.error("records_unreadable", reason=problem)
+        if self.health.problem and not problem:
+            _log.info("records_readable_again")
+        self.health.problem = problem
