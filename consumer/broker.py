@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import aio_pika
@@ -16,7 +16,7 @@ import aiormq
 from aio_pika.abc import AbstractChannel, AbstractExchange, AbstractIncomingMessage
 
 from consumer.errors import ConfigurationError, NexusExportError
-from consumer.events import BUILT
+from consumer.events import BUILT, EXPORT_FAILED, EXPORTED, STRUCTURED_TYPE
 from consumer.telemetry import get_logger
 
 WORK_QUEUE = "nexuslims.export"
@@ -299,3 +299,59 @@ async def queue_depths(url: str) -> dict[str, int | None]:
     except _LOST as error:
         raise BrokerAwayError(explain(error, url)) from None
     return depths
+
+
+class Client:
+    """A short connection for commands: publishes events, and hears the outcomes of the whole exchange."""
+
+    def __init__(self, url: str, exchange: str) -> None:
+        self._url = url
+        self._exchange_name = exchange
+        self._connection: aio_pika.abc.AbstractConnection | None = None
+        self._exchange: AbstractExchange | None = None
+        self.heard: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def __aenter__(self) -> Self:
+        """Connect and declare the topology. Raises ``BrokerAwayError`` with a sentence."""
+        try:
+            self._connection = await connect(self._url, "nexus-export-client")
+            channel = await self._connection.channel(publisher_confirms=True)
+            self._exchange = await declare_topology(channel, self._exchange_name)
+        except _LOST as error:
+            raise BrokerAwayError(explain(error, self._url)) from None
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._connection is not None:
+            await _close_quietly(self._connection)
+
+    async def listen(self) -> None:
+        """Begin to put the bodies of all outcome events from now on into ``heard``."""
+        if self._connection is None or self._exchange is None:
+            raise BrokerAwayError
+        channel = await self._connection.channel(publisher_confirms=False)
+        await channel.set_qos(prefetch_count=100)
+        queue = await channel.declare_queue(exclusive=True, auto_delete=True)
+        for key in (EXPORTED, EXPORT_FAILED):
+            await queue.bind(self._exchange, key)
+
+        async def take(message: AbstractIncomingMessage) -> None:
+            self.heard.put_nowait(message.body)
+
+        await queue.consume(take, no_ack=True)
+
+    async def publish(self, body: bytes, event_id: str) -> None:
+        """Publish a ``record.built`` and wait for the confirm. Raises ``BrokerAwayError``."""
+        if self._exchange is None:
+            raise BrokerAwayError
+        message = aio_pika.Message(
+            body, message_id=event_id, content_type=STRUCTURED_TYPE, type=BUILT,
+            delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
+        )  # fmt: skip
+        try:
+            answer = await self._exchange.publish(message, BUILT, mandatory=True, timeout=CONFIRM_SECONDS)
+        except _LOST as error:
+            raise BrokerAwayError(explain(error, self._url)) from None
+        if isinstance(answer, aiormq.abc.DeliveredMessage):
+            message_text = f"no queue takes {BUILT} at {shown(self._url)}"
+            raise BrokerAwayError(message_text)

@@ -103,9 +103,18 @@ class Permanent(DestinationError):  # noqa: N818 - named by what happens next
 
 
 class UnknownOutcome(DestinationError):  # noqa: N818 - named by what happens next
-    """A request left and its answer is not known: it may have had its effect."""
+    """A request left and its answer is not known: it may have had its effect.
+
+    ``retry_after`` is the destination's own wish, as for ``Transient``.
+    """
 
     code = "unknown_outcome"
+
+    def __init__(
+        self, message: str = "", *, retry_after: float | datetime | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message, code=code)
+        self.retry_after = retry_after
 
 
 class Misconfigured(DestinationError):  # noqa: N818 - named by what happens next

@@ -5,6 +5,7 @@ Everything happens relative to an open folder, so a folder swapped for a link in
 
 import errno
 import hashlib
+import io
 import os
 import re
 import secrets
@@ -14,7 +15,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
-from typing import BinaryIO
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # not blocking: a pipe must not hang us
@@ -48,7 +48,7 @@ def open_folder(root: Path, parts: Sequence[str] = (), *, make: bool = False) ->
     try:
         chain.append(_open_root(root))
         for part in parts:
-            chain.append(_enter(chain[-1], part, make=make))  # noqa: PERF401 - closed below, also when one fails
+            chain.append(_enter(chain[-1], part, make=make))
         yield Folder(chain)
     finally:
         for descriptor in chain:
@@ -111,8 +111,11 @@ class Folder:
         self.sync()
 
     def keep(self, name: str, other: str) -> None:
-        """Give a file a second name, so that it outlives being replaced."""
-        self._link(name, other)
+        """Give a file a second name, so that it outlives being replaced; raises ``FileExistsError``."""
+        try:
+            self._link(name, other)
+        except PermissionError:  # Linux refuses to link some files of other users (fs.protected_hardlinks)
+            self.create(other, self.read(name) or b"")
         self.sync()
 
     def remove(self, name: str) -> None:
@@ -132,7 +135,7 @@ class Folder:
 
         Such a file is written last, so without one nobody may yet have synced the folders that were made.
         """
-        names = os.listdir(self._here)
+        names = os.listdir(self._here)  # noqa: PTH208 - a descriptor has no path
         left_over = re.compile(rf"\.{re.escape(stem)}\.[0-9a-f]{{16}}\.part")
         for name in filter(left_over.fullmatch, names):
             with suppress(FileNotFoundError):
@@ -142,7 +145,7 @@ class Folder:
                 _sync_folder(descriptor)
 
     @contextmanager
-    def _opened(self, name: str) -> Iterator[BinaryIO | None]:
+    def _opened(self, name: str) -> Iterator[io.FileIO | None]:
         try:
             descriptor = os.open(name, _READ, dir_fd=self._here)
         except FileNotFoundError:
@@ -152,11 +155,13 @@ class Folder:
             if error.errno in {errno.ELOOP, errno.ENXIO}:
                 raise NotPlainError(f"{name} is no regular file") from None
             raise
-        # "closefd" by default: the file object closes the descriptor
-        with open(descriptor, "rb", buffering=0) as file:  # noqa: PTH123 - a descriptor has no path
+        try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise NotPlainError(f"{name} is no regular file")
-            yield file
+            with open(descriptor, "rb", buffering=0, closefd=False) as file:
+                yield file
+        finally:
+            os.close(descriptor)
 
     @contextmanager
     def _written(self, name: str, content: bytes) -> Iterator[str]:

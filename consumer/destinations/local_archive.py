@@ -7,18 +7,14 @@ last: until then the old state holds, and a second export completes what a crash
 import errno
 import hashlib
 import itertools
-import json
-import re
 import secrets
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path, PurePosixPath
-from typing import Literal
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from consumer.destinations.archive_layout import Manifest, Place, Version, place_of
 from consumer.destinations.atomic import Folder, Found, NotPlainError, RootMissingError, open_folder
 from consumer.destinations.contract import (
     Absent,
@@ -33,94 +29,8 @@ from consumer.destinations.contract import (
 )
 from consumer.errors import Misconfigured, Permanent, Transient
 
-_INSTRUMENT_BYTES = 100
-_STEM_BYTES = 200  # leaves room for ".v1.xml" and for the name of a temporary file
-_RESERVED = frozenset('/\\:*?"<>|')  # what Linux or a Windows share refuses in a name
-_DIGEST = re.compile(r"-[0-9a-f]{16}\Z")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
-
-
-class Version(BaseModel):
-    """Earlier bytes of a record; ``archived_at`` is when they were written."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    file: str
-    sha256: str
-    size: int
-    archived_at: datetime
-
-
-class Manifest(BaseModel):
-    """What lies beside a record; fields that a person added are kept."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    format: Literal[1] = 1
-    session_identifier: str
-    instrument_pid: str
-    file: str
-    sha256: str
-    size: int
-    versions: tuple[Version, ...] = ()
-    links: dict[str, str] = {}
-
-    def encode(self) -> bytes:
-        """Return the bytes of the manifest file."""
-        return (
-            json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        ).encode()
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a record lies below the root."""
-
-    folders: tuple[str, ...]
-    stem: str
-
-    @property
-    def record(self) -> str:
-        """Return the name of the record file."""
-        return f"{self.stem}.xml"
-
-    @property
-    def manifest(self) -> str:
-        """Return the name of the manifest file."""
-        return f"{self.stem}.json"
-
-    def relative(self, name: str) -> str:
-        """Return the path of a file beside the record, relative to the root."""
-        return "/".join((*self.folders, name))
-
-
-def safe_name(text: str, limit: int = _INSTRUMENT_BYTES) -> str:
-    """Make one safe path component; different texts give different ones.
-
-    A text that had to be changed gets a digest, and so does one that looks as if it had one already.
-    """
-    plain = "".join(c if c.isprintable() and c not in _RESERVED else "_" for c in text).strip(" .")
-    if plain and plain == text and len(text.encode()) <= limit and not _DIGEST.search(text):
-        return text
-    digest = "-" + hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
-    return (plain.encode()[: limit - len(digest)].decode(errors="ignore") or "unnamed") + digest
-
-
-def place_of(context: ExportContext) -> Place:
-    """Return where the record lies or will lie: where it was put first, else by instrument and month."""
-    if context.last_export is not None:
-        return _recorded_place(context.last_export.record_id)
-    month = (f"{context.dt_from.year:04}", f"{context.dt_from.month:02}")
-    return Place((safe_name(context.instrument_pid), *month), safe_name(context.xml_file_path.stem, _STEM_BYTES))
-
-
-def _recorded_place(record_id: str) -> Place:
-    path = PurePosixPath(record_id)
-    plain = all(part.isprintable() and not part.startswith(".") for part in path.parts)
-    if path.is_absolute() or not plain or path.suffix != ".xml" or str(path) != record_id:
-        raise Permanent(f"the recorded place {record_id!r} is no path inside the archive", code="conflict")
-    return Place(path.parts[:-1], path.stem)
 
 
 class LocalArchive:
@@ -131,6 +41,7 @@ class LocalArchive:
     limits = Limits(concurrency=4)
     settle_seconds = 0
     timeout_seconds = 60
+    disabled_because = "NX_LOCAL_ARCHIVE_PATH is not set"
 
     class Settings(BaseModel):
         """Settings of the archive; ``path`` is read from ``NX_LOCAL_ARCHIVE_PATH``."""
@@ -140,7 +51,7 @@ class LocalArchive:
         path: Path | None = Field(None, description="folder of the archive; without it there is none")
 
     def __init__(self, settings: Settings) -> None:
-        self._path = settings.path
+        self._path = settings.path.expanduser().absolute() if settings.path else None
         self._was_there = False
 
     @property
@@ -154,7 +65,7 @@ class LocalArchive:
         If it is gone then, a mount is lost, and what is written below its mount point would be hidden later.
         """
         if self._path is None:
-            return False, "NX_LOCAL_ARCHIVE_PATH is not set; name the folder that records should be kept in"
+            return False, "NX_LOCAL_ARCHIVE_PATH is not set; name the folder that records are to be kept in"
         try:
             if not self._was_there:
                 self._path.mkdir(parents=True, exist_ok=True)
@@ -162,57 +73,55 @@ class LocalArchive:
                 name = f".nexus-export-check-{secrets.token_hex(8)}"
                 folder.create(name, b"nexus-export can write here\n")
                 folder.remove(name)
+        except (FileExistsError, NotADirectoryError):
+            return False, f"NX_LOCAL_ARCHIVE_PATH: {self._path} is a file, or lies below one; name a folder"
         except OSError as error:
             return False, f"NX_LOCAL_ARCHIVE_PATH: {_advice(self._path, error)}"
         self._was_there = True
         return True, None
 
     def export(self, context: ExportContext) -> ExportResult:
-        """Bring the archive to the state of the context; done twice it changes nothing."""
+        """Bring the archive to the state of the context; done twice it changes nothing.
+
+        Raises ``Permanent`` where a file is in the way that is not ours, ``Misconfigured`` where a person has to
+        make room or give rights, else ``Transient``.
+        """
         content, sha256 = _content(context)
         place = place_of(context)
         with _next_actions(self._root), open_folder(self._root, place.folders, make=True) as folder:
             before = _read_manifest(folder, place, context.session_identifier)
             found = folder.look(place.record)
             _refuse_what_is_not_ours(place, found, before, {sha256, *context.sent_hashes})
-            links = {**(before.links if before else {}), **_links(context, self.name)}
-            whole = before is not None and found is not None and found.sha256 == before.sha256 == sha256
-            if whole and before is not None and links == before.links:
-                return self._result(context, place, before, _same(context))
             folder.prepare(place.stem, ".json")
-            manifest = Manifest.model_validate(
-                {
-                    **(before.model_dump() if before else {}),
-                    "session_identifier": context.session_identifier,
-                    "instrument_pid": context.instrument_pid,
-                    "file": place.record,
-                    "sha256": sha256,
-                    "size": len(content),
-                    "versions": _put_aside(folder, place, found, before, sha256),
-                    "links": links,
-                }
-            )
-            if found is None:
-                folder.create(place.record, content)
-            elif found.sha256 != sha256:
-                folder.replace(place.record, content)
-            elif not whole:
-                folder.sync(place.record)  # written by a person, or by a process that was killed before this
-            (folder.replace if before else folder.create)(place.manifest, manifest.encode())
-        action = _same(context) if whole else "updated" if before and found else "created"
-        return self._result(context, place, manifest, action)
+            manifest = before or Manifest.empty(context, place)
+            links = {**manifest.links, **self._links(context)}
+            whole = found is not None and found.sha256 == manifest.sha256 == sha256
+            if whole and links == manifest.links:
+                folder.sync()  # whoever wrote it may have been killed before it was synced
+            else:
+                changes: dict[str, object] = {"links": links}
+                if not whole:
+                    changes |= {"instrument_pid": context.instrument_pid, "sha256": sha256, "size": len(content)}
+                    changes["versions"] = _put_aside(folder, place, found, manifest, sha256)
+                    _write_record(folder, place, found, content, sha256)
+                manifest = manifest.model_copy(update=changes)
+                (folder.replace if before else folder.create)(place.manifest, manifest.encode())
+        self._was_there = True
+        if whole:
+            return self._result(place, manifest, "linked" if context.purpose == "link" else "unchanged")
+        return self._result(place, manifest, "updated" if before and found else "created")
 
     def verify(self, context: ExportContext) -> Answer:
         """Tell whether exactly this record is there, with its manifest. Raises ``Permanent`` on a conflict."""
+        sha256 = context.record_sha256 or _content(context)[1]
         place = place_of(context)
         record_id = place.relative(place.record)
         try:
-            sha256 = context.record_sha256 or hashlib.sha256(context.xml_file_path.read_bytes()).hexdigest()
             with open_folder(self._root, place.folders) as folder:
                 manifest = _read_manifest(folder, place, context.session_identifier)
                 found = folder.look(place.record)
         except NotPlainError as error:
-            raise Permanent(f"{record_id}: {error}", code="conflict") from None
+            raise Permanent(f"in the archive {self._root}: {error}", code="conflict") from None
         except FileNotFoundError:
             return Absent()
         except OSError as error:
@@ -230,10 +139,13 @@ class LocalArchive:
         return self._path
 
     def _url(self, record_id: str) -> str:
-        return (self._root.absolute() / record_id).as_uri()
+        return (self._root / record_id).as_uri()
 
-    def _result(self, context: ExportContext, place: Place, manifest: Manifest, action: Action) -> ExportResult:
-        self._was_there = True
+    def _links(self, context: ExportContext) -> dict[str, str]:
+        results = {name: result for name, result in context.previous_results.items() if name != self.name}
+        return {name: result.record_url for name, result in results.items() if result.success and result.record_url}
+
+    def _result(self, place: Place, manifest: Manifest, action: Action) -> ExportResult:
         record_id = place.relative(place.record)
         return ExportResult(
             success=True,
@@ -246,10 +158,6 @@ class LocalArchive:
         )
 
 
-def _same(context: ExportContext) -> Action:
-    return "linked" if context.purpose == "link" else "unchanged"
-
-
 def _content(context: ExportContext) -> tuple[bytes, str]:
     path = context.xml_file_path
     try:
@@ -260,15 +168,6 @@ def _content(context: ExportContext) -> tuple[bytes, str]:
     if context.record_sha256 not in {"", sha256}:
         raise Permanent(f"{path} no longer has the bytes that were checked", code="record_changed")
     return content, sha256
-
-
-def _links(context: ExportContext, own_name: str) -> dict[str, str]:
-    results = context.previous_results.items()
-    return {
-        name: result.record_url
-        for name, result in results
-        if result.success and result.record_url and name != own_name
-    }
 
 
 def _read_manifest(folder: Folder, place: Place, session: str) -> Manifest | None:
@@ -299,17 +198,26 @@ def _refuse_what_is_not_ours(
         raise Permanent(f"{shown} was changed after it had been archived", code="changed_at_destination")
 
 
+def _write_record(folder: Folder, place: Place, found: Found | None, content: bytes, sha256: str) -> None:
+    if found is None:
+        folder.create(place.record, content)
+    elif found.sha256 != sha256:
+        folder.replace(place.record, content)
+    else:  # put there by a person, or by a process that was killed before it wrote the manifest
+        folder.sync(place.record)
+
+
 def _put_aside(
-    folder: Folder, place: Place, found: Found | None, before: Manifest | None, sha256: str
+    folder: Folder, place: Place, found: Found | None, manifest: Manifest, sha256: str
 ) -> tuple[Version, ...]:
     """Give the current file a version name if it is to be replaced; return all versions there are then.
 
     When a crash came between the new record and its manifest, the manifest's own bytes lie under the next version
     name already, and what is current now is not in the manifest yet.
     """
-    versions = before.versions if before else ()
-    if before and found and found.sha256 != before.sha256:
-        name, kept = _version_name(folder, place, len(versions) + 1, before.sha256)
+    versions = manifest.versions
+    if manifest.sha256 and found and found.sha256 != manifest.sha256:
+        name, kept = _version_name(folder, place, len(versions) + 1, manifest.sha256)
         if kept:
             versions += (_version(name, kept),)
     if found and found.sha256 != sha256:
@@ -353,7 +261,5 @@ def _advice(root: Path, error: OSError) -> str:
     if error.errno in _FORBIDDEN:
         return f"cannot write at {root} ({error.strerror}); the service's user needs to write and to make hard links"
     if isinstance(error, RootMissingError):
-        return f"the folder {root} is gone; mount it again, or make it"
-    if isinstance(error, (FileExistsError, NotADirectoryError)):
-        return f"{root} is no folder, or below a file; name another one"
+        return f"there is no folder {root}; mount it again, or make it"
     return f"trouble at {root}: {error.strerror}"

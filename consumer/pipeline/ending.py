@@ -4,13 +4,13 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from consumer.destinations.contract import Absent, Answer, ExportResult, Partial, Present
 from consumer.destinations.registry import Registered
 from consumer.errors import DestinationError, UnknownOutcome
 from consumer.pipeline.attempt import step_result, stored_result
-from consumer.pipeline.retry import PROBE_SECONDS, Facts, Policy, Verdict, judge, still_unknown, surely_absent
+from consumer.pipeline.retry import Facts, Policy, Verdict, judge, next_probe, still_unknown, surely_absent
 from consumer.store.rows import AttemptEnd, Claim, CopyChange, LaneChange, LaneState, LogEntry, StepChange, StepState
 
 
@@ -115,8 +115,7 @@ def of_superseded(end: AttemptEnd) -> AttemptEnd:
 
 def _lane_change(destination: Registered, verdict: Verdict, now: datetime) -> LaneChange | None:
     if verdict.pause:
-        probe_at = now + timedelta(seconds=PROBE_SECONDS)
-        return LaneChange(destination.name, LaneState.PAUSED, verdict.message, None, probe_at)
+        return LaneChange(destination.name, LaneState.PAUSED, verdict.message, None, next_probe(now, now))
     if verdict.not_before is not None:
         return LaneChange(destination.name, LaneState.ACTIVE, verdict.message, verdict.not_before)
     return None

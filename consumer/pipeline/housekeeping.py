@@ -8,7 +8,7 @@ from uuid import UUID
 from consumer.destinations.registry import Registry
 from consumer.pipeline.attempt import Caller
 from consumer.pipeline.progress import Progress, log_ended
-from consumer.pipeline.retry import PROBE_SECONDS
+from consumer.pipeline.retry import next_probe
 from consumer.pipeline.signals import Signals
 from consumer.store import consumers, jobs, lanes, steps
 from consumer.store.connection import Connection, Database, DatabaseError
@@ -17,6 +17,7 @@ from consumer.telemetry import get_logger
 
 TICK_SECONDS = 1.0
 HEARTBEAT_SECONDS = 5.0
+CHECK_SECONDS = 2.0
 DECISIONS = 500
 
 _log = get_logger()
@@ -44,6 +45,8 @@ class Housekeeping:
         self._max_wait = timedelta(seconds=max_wait_seconds)
         self._beat_at: datetime | None = None
         self.broker_connected = False
+        self._told_connected: bool | None = None
+        self._checks: set[asyncio.Task[None]] = set()
         self._signals = signals
 
     async def recover(self) -> int:
@@ -82,8 +85,28 @@ class Housekeeping:
         await self._heartbeat(now)
         self._signals.steps.set()
 
+    async def check_destinations(self) -> None:
+        """At start: ask every destination once, let mended lanes go on, and log what cannot work."""
+        async with self._database.read() as connection:
+            states = await lanes.load(connection)
+        tasks = {asyncio.create_task(self._check(name, states.get(name))) for name in self._callers}
+        if tasks:
+            # a server that hangs must not delay the start: the check goes on beside it
+            await asyncio.wait(tasks, timeout=CHECK_SECONDS)
+        self._checks = tasks
+
+    async def _check(self, name: str, lane: LaneRow | None) -> None:
+        if lane is not None and lane.state is LaneState.PAUSED and lane.probe_at is not None:
+            await self._probe(lane)
+            return
+        problem = await self._callers[name].validate()
+        if problem:
+            _log.warning("destination_not_ready", destination=name, reason=problem)
+
     async def _heartbeat(self, now: datetime) -> None:
-        if self._beat_at is None or now - self._beat_at >= timedelta(seconds=HEARTBEAT_SECONDS):
+        due = self._beat_at is None or now - self._beat_at >= timedelta(seconds=HEARTBEAT_SECONDS)
+        if due or self._told_connected is not self.broker_connected:
+            self._told_connected = self.broker_connected
             async with self._database.write() as connection:
                 await consumers.beat(
                     connection, self._owner, now, connected=self.broker_connected,
@@ -112,7 +135,7 @@ class Housekeeping:
                 change = LaneChange(lane.destination, LaneState.ACTIVE)
                 _log.info("lane_resumed", destination=lane.destination)
             else:
-                probe_at = now + timedelta(seconds=PROBE_SECONDS)
+                probe_at = next_probe(lane.since or now, now)
                 change = LaneChange(lane.destination, LaneState.PAUSED, problem, None, probe_at)
             await lanes.change(connection, [change], now, is_sqlite=self._database.is_sqlite)
 

@@ -11,8 +11,9 @@ from consumer.destinations.contract import ExportResult
 from consumer.errors import DestinationError, Misconfigured, Permanent, Transient, UnknownOutcome
 from consumer.store.rows import StepState
 
-#: A paused lane asks its destination again after this many seconds, so that a mended token needs no command.
-PROBE_SECONDS = 60
+#: A paused lane asks its destination again, soon at first, so that a mended token needs no command.
+PROBE_MIN_SECONDS = 5.0
+PROBE_MAX_SECONDS = 60.0
 
 #: Look-ups after an unknown outcome: quick at first, then once in a while.
 LOOKUP_BASE_SECONDS = 1.0
@@ -61,6 +62,12 @@ Ending = ExportResult | DestinationError
 def backoff_seconds(attempt: int, base: float, cap: float, draw: random.Random) -> float:
     """Draw a wait between 0 and ``base * 2 ** (attempt - 1)``, at most ``cap``."""
     return draw.uniform(0, min(cap, base * 2 ** min(attempt - 1, 60)))
+
+
+def next_probe(since: datetime, now: datetime) -> datetime:
+    """Say when a lane that is paused since a moment is probed next: the longer it lasts, the less often."""
+    paused = (now - since).total_seconds()
+    return now + timedelta(seconds=min(PROBE_MAX_SECONDS, max(PROBE_MIN_SECONDS, paused)))
 
 
 def judge(ending: Ending, facts: Facts, policy: Policy, draw: random.Random) -> Verdict:

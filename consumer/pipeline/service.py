@@ -84,6 +84,7 @@ async def serve(pipeline: Pipeline, broker: Broker, stop: asyncio.Event) -> None
     What a stage raises ends the service: its supervisor starts it anew, and nothing in the database is lost.
     """
     await pipeline.housekeeping.recover()
+    await pipeline.housekeeping.check_destinations()
     relay = OutboxRelay(pipeline.database, broker, pipeline.signals)
     async with asyncio.TaskGroup() as group:
         connection = group.create_task(broker.run(), name="broker")
@@ -144,6 +145,7 @@ async def export_one(pipeline: Pipeline, arrived: Arrived) -> tuple[Accepted, Jo
     if arrived.event is None:
         raise arrived.poison or ValueError(arrived)
     await pipeline.housekeeping.recover()
+    await pipeline.housekeeping.check_destinations()
     accepted = await pipeline.intake.accept([arrived])
     identity = arrived.event.job_id
     async with asyncio.TaskGroup() as group:
