@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -38,6 +39,7 @@ SCHEMA_BASE = "urn:nexus-export:schema:"
 INLINE_LIMIT_BYTES = 1024 * 1024
 REPLAY_HEADER = "nexus-replay-of"
 
+_CACHED_TEXT = 8192
 _PREFIXES = ("cloudEvents_", "cloudEvents:")
 _ATTRIBUTES = ("id", "source", "type", "specversion", "subject", "time", "dataschema", "traceparent")
 
@@ -217,7 +219,7 @@ def parse_built(body: bytes, *, content_type: str | None, headers: Mapping[str, 
 
     Raises ``PoisonEventError`` with a code and a sentence that says what is wrong and where.
     """
-    document = _structured(body, content_type, headers)
+    document, structured = _structured(body, content_type, headers)
     known = _readable(document)
     try:
         envelope = Envelope.model_validate(document)
@@ -237,27 +239,48 @@ def parse_built(body: bytes, *, content_type: str | None, headers: Mapping[str, 
         time=envelope.time,
         data=data,
         data_sha256=hashlib.sha256(canonical).hexdigest(),
-        text=to_json(document).decode(),
+        # a structured body is kept as it came
+        text=body.decode() if structured else to_json(document).decode(),
         traceparent=envelope.traceparent,
     )
 
 
 def restore_built(text: str) -> BuiltEvent:
-    """Read an event back that ``parse_built`` accepted before."""
-    return parse_built(text.encode(), content_type=STRUCTURED_TYPE, headers={})
+    """Read an event back that ``parse_built`` accepted before.
+
+    Each stage of a record asks for it, so small ones stay in memory for a while.
+    """
+    return _restore_cached(text) if len(text) <= _CACHED_TEXT else _restore(text)
 
 
-def _structured(body: bytes, content_type: str | None, headers: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring both content modes into one structured document."""
+def _restore(text: str) -> BuiltEvent:
+    document = from_json(text)
+    time = document.get("time")
+    return BuiltEvent(
+        source=document["source"],
+        id=document["id"],
+        time=datetime.fromisoformat(time) if time else None,
+        data=RecordBuilt.model_validate(document["data"]),
+        data_sha256="",
+        text=text,
+        traceparent=document.get("traceparent"),
+    )
+
+
+_restore_cached = lru_cache(maxsize=2048)(_restore)
+
+
+def _structured(body: bytes, content_type: str | None, headers: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Bring both content modes into one structured document; tells whether it came as one."""
     try:
         document = from_json(body, allow_inf_nan=False, cache_strings="keys")
     except ValueError as error:
         raise PoisonEventError("not_json", f"the body is not JSON: {error}", **_readable_headers(headers)) from None
     if isinstance(document, dict) and "specversion" in document:
-        return document
+        return document, True
     attributes = _header_attributes(headers)
     if attributes and not (content_type or "").startswith("application/cloudevents"):
-        return {**attributes, "data": document}
+        return {**attributes, "data": document}, False
     raise PoisonEventError(
         "not_cloudevent",
         "neither a JSON object with specversion nor a message with cloudEvents_ headers",

@@ -18,6 +18,7 @@ from pathlib import Path, PurePath
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # not blocking: a pipe must not hang us
+_TOKEN = re.compile(r"[0-9a-f]{16}\.part")
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -136,8 +137,9 @@ class Folder:
         Such a file is written last, so without one nobody may yet have synced the folders that were made.
         """
         names = os.listdir(self._here)  # noqa: PTH208 - a descriptor has no path
-        left_over = re.compile(rf"\.{re.escape(stem)}\.[0-9a-f]{{16}}\.part")
-        for name in filter(left_over.fullmatch, names):
+        beginning = f".{stem}."
+        left = [name for name in names if name.startswith(beginning) and _TOKEN.fullmatch(name, len(beginning))]
+        for name in left:
             with suppress(FileNotFoundError):
                 self.remove(name)
         if not any(name.endswith(mark) for name in names):

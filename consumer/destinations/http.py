@@ -1,7 +1,8 @@
 """The door to HTTP for destinations: one client each, and one translation of failures into what happens next.
 
 A failure before the request can have left is ``Transient``. One after it is ``UnknownOutcome`` for a request that
-creates or changes something, ``Transient`` for one that only reads. Nothing is sent twice here: the engine decides.
+creates or changes something, ``Transient`` for one that only reads. No POST or PATCH is sent twice here, the engine
+decides that; aiohttp itself repeats a GET, PUT or DELETE whose kept connection turns out to be closed.
 """
 
 import functools

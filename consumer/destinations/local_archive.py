@@ -6,7 +6,6 @@ last: until then the old state holds, and a second export completes what a crash
 
 import errno
 import hashlib
-import itertools
 import secrets
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -230,12 +229,12 @@ def _put_aside(
 
 def _version_name(folder: Folder, place: Place, number: int, sha256: str) -> tuple[str, Found | None]:
     """Return the first version name, from ``number`` on, that is free or has these bytes already."""
-    for tried in itertools.count(number):
-        name = f"{place.stem}.v{tried}.xml"
+    while True:
+        name = f"{place.stem}.v{number}.xml"
         kept = folder.look(name)
         if kept is None or kept.sha256 == sha256:
             return name, kept
-    raise AssertionError  # count never ends
+        number += 1
 
 
 def _version(name: str, found: Found) -> Version:

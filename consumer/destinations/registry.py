@@ -29,7 +29,7 @@ DEFAULT_SETTLE_SECONDS = 120.0
 
 _PARTS = ("name", "priority", "enabled", "validate_config", "export")
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,99}")
-_NOT_PLUGINS = {"contract", "registry", "http", "atomic", "summary"}
+_NOT_PLUGINS = {"contract", "registry", "http", "atomic", "archive_layout", "cdcs_rules", "summary"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,9 @@ class Endings:
         facts, policy = _facts(claim, now, counts=False), self._policy(destination)
         if isinstance(answer, Partial):
             verdict = Verdict(StepState.DUE, "partial", "part of it is there", now, counts=False)
-        elif isinstance(answer, Absent):
+            ours = CopyChange(remembered={**claim.copy.remembered, "record_id": answer.id})
+            return AttemptEnd(claim, _change(claim, verdict, looked_up=True), None, ours)
+        if isinstance(answer, Absent):
             verdict = surely_absent(facts, policy, claim.step.last_request_at or now, self._draw)
         else:
             reason = str(answer) if isinstance(answer, UnknownOutcome) else answer.reason

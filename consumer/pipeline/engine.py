@@ -16,9 +16,9 @@ from consumer.errors import UnknownOutcome
 from consumer.pipeline.attempt import Caller, Declined, LeaseLostError, build_context
 from consumer.pipeline.decide import may_start
 from consumer.pipeline.ending import Endings, RetrySettings, of_superseded, skipped
+from consumer.pipeline.keeper import Keeper
 from consumer.pipeline.progress import Ended, Progress, log_ended
 from consumer.pipeline.signals import Signals, wait
-from consumer.pipeline.snapshot import Spool
 from consumer.store import jobs, lanes, steps
 from consumer.store.connection import Connection, Database, DatabaseError
 from consumer.store.rows import AttemptEnd, Claim, LaneChange, LaneRow, LaneState
@@ -52,13 +52,13 @@ class Engine:
         progress: Progress,
         signals: Signals,
         *,
-        spool: Spool,
+        keeper: Keeper,
         settings: EngineSettings,
     ) -> None:
         self._database = database
         self._registry = registry
         self._progress = progress
-        self._spool = spool
+        self._keeper = keeper
         self._settings = settings
         self._endings = Endings(settings.retry, database.clock)
         self.callers = {name: Caller(item) for name, item in registry.enabled.items()}
@@ -123,18 +123,26 @@ class Engine:
     # --- T2: claiming --------------------------------------------------------------------------------------
 
     async def _claim(self) -> list[Claim]:
+        """Write down which records were kept since the last time, and claim what is due, in one commit."""
         free = self._free_slots()
-        if not free:
+        kept = self._keeper.ready
+        if not free and not kept:
             return []
+        claims: list[Claim] = []
         async with self._database.write() as connection:
             now = await self._database.now(connection)
+            ended = await self._keeper.write_kept(connection, kept, now) if kept else []
             states = await lanes.load(connection)
-            claims: list[Claim] = []
             for name, slots in free.items():
                 wanted = self._wanted(name, slots, states.get(name), now)
                 if wanted is not None:
                     claims += await self._claim_lane(connection, wanted, now)
-            return await self._with_siblings(connection, claims)
+            claims = await self._with_siblings(connection, claims)
+        self._keeper.written(kept)
+        if ended:
+            log_ended(ended)
+            self._signals.outcomes.set()
+        return claims
 
     def _free_slots(self) -> dict[str, int]:
         used: dict[str, int] = {}
@@ -228,9 +236,9 @@ class Engine:
 
     async def _context(self, claim: Claim) -> ExportContext:
         roots = (self._settings.instrument_root, self._settings.data_root)
-        path = self._spool.path(claim.job.record_sha256 or "", claim.job.record_name or "")
+        path = self._keeper.spool.path(claim.job.record_sha256 or "", claim.job.record_name or "")
         hashes: frozenset[str] = frozenset()
-        if claim.looks_up or claim.copy.record_id is not None or claim.copy.remembered:
+        if claim.fence > 1:  # somebody was here before: what is found there may be ours with other content
             async with self._database.read() as connection:
                 hashes = await jobs.sent_hashes(connection, claim.job.session)
         return build_context(claim, path, self._remember, hashes, roots)
@@ -285,7 +293,7 @@ class Engine:
             await lanes.change(connection, list(changes.values()), now, is_sqlite=self._database.is_sqlite)
             if any(_changes_state(before.get(name), change) for name, change in changes.items()):
                 await jobs.decide_waiting_jobs(connection, now)
-        return await self._progress.advance(connection, ids, now)
+        return await self._progress.advance_loaded(connection, current.values(), now)
 
 
 def _changes_state(before: LaneRow | None, change: LaneChange) -> bool:

@@ -2,17 +2,17 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from consumer.errors import RecordError, RecordNotThereYet, RecordsRootMissing
 from consumer.events import restore_built
-from consumer.pipeline.progress import Ended, Progress, log_ended
+from consumer.pipeline.progress import Ended, Progress
 from consumer.pipeline.signals import Signals, wait
 from consumer.pipeline.snapshot import Snapshot, SnapshotReader, Spool
 from consumer.store import jobs
 from consumer.store.connection import Connection, Database, DatabaseError
-from consumer.store.rows import JobRow
+from consumer.store.rows import JobRow, JobState
 from consumer.telemetry import get_logger
 
 BATCH = 128
@@ -49,10 +49,13 @@ class Keeper:
         self._database = database
         self._progress = progress
         self._reader = reader
-        self._spool = spool
+        self.spool = spool
         self._wait = timedelta(seconds=wait_seconds)
         self.health = Health()
         self._signals = signals
+        #: what was read and waits for the engine to write it down
+        self.ready: list[tuple[JobRow, Read]] = []
+        self._taken = asyncio.Event()
 
     async def run(self) -> None:
         """Keep records until cancelled."""
@@ -68,17 +71,22 @@ class Keeper:
                 await wait(self._signals.records, IDLE_SECONDS)
 
     async def keep_once(self) -> int:
-        """Take one batch; returns how many jobs were due."""
+        """Read one batch and hand it to the engine; returns how many jobs were due."""
         batch = await self._take()
         if not batch:
             return 0
         read = await asyncio.to_thread(self._read_and_keep, batch)
-        ended = await self._write(batch, read)
-        log_ended(ended)
+        self.ready = list(zip(batch, read, strict=True))
+        self._taken.clear()
         self._signals.steps.set()
-        if ended:
-            self._signals.outcomes.set()
+        await self._taken.wait()
         return len(batch)
+
+    def written(self, kept: Sequence[tuple[JobRow, Read]]) -> None:
+        """Hear that the engine has committed what was read: the next batch may begin."""
+        if kept:
+            self.ready = []
+            self._taken.set()
 
     async def _take(self) -> list[JobRow]:
         # one keeper runs in a process and SQLite has one engine: only PostgreSQL needs a lease
@@ -110,32 +118,36 @@ class Keeper:
 
     def _keep(self, portion: list[Snapshot], found: list[Read]) -> None:
         try:
-            self._spool.keep(portion)
+            self.spool.keep(portion)
         except OSError as error:
             names = {item.sha256 for item in portion}
             found[:] = [error if isinstance(item, Snapshot) and item.sha256 in names else item for item in found]
 
-    async def _write(self, batch: Sequence[JobRow], read: Sequence[Read]) -> list[Ended]:
+    async def write_kept(
+        self, connection: Connection, kept: Sequence[tuple[JobRow, Read]], now: datetime
+    ) -> list[Ended]:
+        """Write down what became of each record, and let the steps of those that were kept begin."""
+        current = await jobs.load_jobs(connection, [job.id for job, _ in kept], lock=not self._database.is_sqlite)
+        opened = [(current[job.id], item) for job, item in kept if current[job.id].state is JobState.OPEN]
         problem = ""
-        async with self._database.write() as connection:
-            now = await self._database.now(connection)
-            kept = [
-                (job.id, item.sha256, item.name, item.facts)
-                for job, item in zip(batch, read, strict=True)
-                if isinstance(item, Snapshot)
-            ]
-            await jobs.keep_snapshots(connection, kept)
-            for job, item in zip(batch, read, strict=True):
-                if not isinstance(item, Snapshot):
-                    problem = await self._refuse(connection, job, item, now) or problem
-            ended = await self._progress.advance(connection, [job.id for job in batch], now)
+        advanced: list[JobRow] = []
+        for job, item in opened:
+            if isinstance(item, Snapshot):
+                advanced.append(replace(job, record_sha256=item.sha256, record_name=item.name, facts=item.facts))
+            else:
+                problem = await self._refuse(connection, job, item, now) or problem
+                advanced.append(job)
+        snapshots = [
+            (job.id, item.sha256, item.name, item.facts) for job, item in opened if isinstance(item, Snapshot)
+        ]
+        await jobs.keep_snapshots(connection, snapshots)
         self._report(problem)
-        return ended
+        return await self._progress.advance_loaded(connection, advanced, now)
 
     async def _refuse(self, connection: Connection, job: JobRow, error: RecordError | OSError, now: datetime) -> str:
         """Write down why a record is not kept; returns a problem that concerns all records."""
         if isinstance(error, OSError):
-            problem = f"the spool {self._spool.root} cannot be written: {error.strerror}"
+            problem = f"the spool {self.spool.root} cannot be written: {error.strerror}"
             await jobs.postpone_snapshot(
                 connection, job.id, now + timedelta(seconds=ROOT_RETRY_SECONDS), counts=False
             )

@@ -38,8 +38,15 @@ class Progress:
 
     async def advance(self, connection: Connection, ids: Iterable[UUID], now: datetime) -> list[Ended]:
         """Decide about open jobs, write the moves, and put the outcome of ended ones into the outbox."""
-        found = await jobs.load_jobs(connection, set(ids), lock=not self._is_sqlite)
-        opened = [job for job in found.values() if job.state is JobState.OPEN]
+        wanted = set(ids)
+        if not wanted:
+            return []
+        found = await jobs.load_jobs(connection, wanted, lock=not self._is_sqlite)
+        return await self.advance_loaded(connection, found.values(), now)
+
+    async def advance_loaded(self, connection: Connection, loaded: Iterable[JobRow], now: datetime) -> list[Ended]:
+        """Do the same for jobs that this transaction has loaded (and locked) already."""
+        opened = [job for job in loaded if job.state is JobState.OPEN]
         if not opened:
             return []
         all_steps = await jobs.load_steps(connection, [job.id for job in opened])

@@ -58,17 +58,16 @@ def build_pipeline(settings: Settings, database: Database, registry: Registry) -
     reader = SnapshotReader(settings.resolved_records_path, settings.record_max_bytes, settings.record_schema)
     spool = Spool(settings.resolved_spool_path)
     retry = RetrySettings(settings.retry_base_seconds, settings.retry_max_seconds, settings.export_max_wait)
+    keeper = Keeper(database, progress, signals, reader, spool, wait_seconds=settings.record_wait_seconds)
     engine = Engine(
-        database, registry, progress, signals, spool=spool,
+        database, registry, progress, signals, keeper=keeper,
         settings=EngineSettings(owner, retry, settings.instrument_data_path, settings.data_path),
     )  # fmt: skip
     return Pipeline(
         database=database,
         signals=signals,
         intake=Intake(database, registry, progress, signals, settings.export_strategy),
-        keeper=Keeper(
-            database, progress, signals, reader, spool, wait_seconds=settings.record_wait_seconds
-        ),
+        keeper=keeper,
         engine=engine,
         housekeeping=Housekeeping(
             database, registry, progress, signals, engine.callers,

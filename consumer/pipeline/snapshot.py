@@ -1,9 +1,10 @@
 """The record is read once, checked, and kept by its sha256; everything later reads the copy."""
 
+import ctypes
 import hashlib
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,6 +19,8 @@ from consumer.pipeline.files import read_below, safe_parts
 
 NAMESPACE = "https://data.nist.gov/od/dm/nexus/experiment/v1.0"
 ROOT = f"{{{NAMESPACE}}}Experiment"
+
+_LIBC = ctypes.CDLL(None, use_errno=True)  # Python has sync() and fsync(), but not syncfs()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,50 +43,46 @@ class Spool:
         """Return where a copy lies (or would lie)."""
         return self.root / sha256[:2] / sha256 / name
 
-    def keep(self, snapshots: Iterable[Snapshot]) -> None:
-        """Write copies so that they survive a power cut; one that is there with its size is left alone.
+    def keep(self, snapshots: Sequence[Snapshot]) -> None:
+        """Write copies so that they survive a power cut; they may be read once this returns.
 
-        All are written before the first is synced: the disk then has to flush its journal once, not for each.
+        A whole batch is flushed by one call: a flush for each file and folder is what limits small records.
         Raises ``OSError`` (disk full, no rights).
         """
-        pending: list[tuple[int, Path, Path]] = []
-        folders: set[Path] = set()
+        if not snapshots:
+            return
+        for item in snapshots:
+            self._write(item)
+        descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            for item in snapshots:
-                path = self.path(item.sha256, item.name)
-                if path.exists() and path.stat().st_size == len(item.content):
-                    continue
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_name(f".{threading.get_ident()}-{len(pending)}.part")
-                descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
-                pending.append((descriptor, temporary, path))
-                _write_all(descriptor, item.content)
-                folders.update((path.parent, path.parent.parent, self.root))
-            for descriptor, _temporary, _path in pending:
-                os.fsync(descriptor)
-            for _descriptor, temporary, path in pending:
-                temporary.replace(path)
+            sync_file_system(descriptor)
         finally:
-            for descriptor, temporary, _path in pending:
-                os.close(descriptor)
-                with suppress(FileNotFoundError):
-                    temporary.unlink()
-        for folder in folders:
-            _sync_folder(folder)
+            os.close(descriptor)
+
+    def _write(self, item: Snapshot) -> None:
+        path = self.path(item.sha256, item.name)
+        try:
+            path.parent.mkdir()
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            # a copy from before may be cut or not flushed (a crash), so only its bytes count
+            if path.exists() and path.read_bytes() == item.content:
+                return
+        temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}.part")
+        try:
+            temporary.write_bytes(item.content)
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
-def _write_all(descriptor: int, content: bytes) -> None:
-    view = memoryview(content)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def sync_file_system(descriptor: int) -> None:
+    """Flush the file system that holds an open file (syncfs(2)). Raises ``OSError`` when the disk refuses."""
+    if _LIBC.syncfs(descriptor) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 class SnapshotReader:

@@ -227,6 +227,7 @@ class CopyChange:
     sent_sha256: str | None = None
     stored_sha256: str | None = None
     build_time: datetime | None = None
+    remembered: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

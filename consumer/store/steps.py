@@ -229,6 +229,7 @@ _copy = (
         sent_sha256=func.coalesce(bindparam("sent", type_=Text()), copies.c.sent_sha256),
         stored_sha256=func.coalesce(bindparam("stored", type_=Text()), copies.c.stored_sha256),
         build_time=func.coalesce(bindparam("built", type_=Utc()), copies.c.build_time),
+        remembered=func.coalesce(bindparam("facts", type_=Text()), copies.c.remembered),
     )
 )  # fmt: skip
 
@@ -246,6 +247,7 @@ def _copy_values(end: AttemptEnd) -> dict[str, Any]:
         "sent": change.sent_sha256 if change else None,
         "stored": change.stored_sha256 if change else None,
         "built": change.build_time if change else None,
+        "facts": json.dumps(change.remembered) if change and change.remembered else None,
     }
 
 

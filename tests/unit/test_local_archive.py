@@ -590,7 +590,10 @@ class SmallDisk:
         self.root = root
         self._monkeypatch = monkeypatch
         command = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(root)]
-        self.mounted = shutil.which("mount") is not None and subprocess.run(command, check=False).returncode == 0
+        self.mounted = (
+            shutil.which("mount") is not None
+            and not subprocess.run(command, check=False, capture_output=True).returncode
+        )
 
     def fill(self, *, free: int) -> None:
         """Leave room for so many bytes only."""
@@ -727,19 +730,27 @@ def steps(root: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> list[s
 
 
 def test_the_record_is_durable_before_its_manifest_names_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    new, old = Path(RECORD), Path(MANIFEST)
+    record, names, version = Path(RECORD).name, Path(MANIFEST).name, Path(V1).name
     write = ["write", "fsync file"]
     assert steps(root, monkeypatch, A) == [
         *("mkdir", "fsync folder"),
-        *(*write, f"link {new.name}", "unlink", "fsync folder"),
-        *(*write, f"link {old.name}", "unlink", "fsync folder"),
+        *(*write, f"link {record}", "unlink", "fsync folder"),
+        *(*write, f"link {names}", "unlink", "fsync folder"),
     ]
     assert steps(root, monkeypatch, B) == [
-        *(f"link {Path(V1).name}", "fsync folder"),
-        *(*write, f"rename {new.name}", "fsync folder"),
-        *(*write, f"rename {old.name}", "fsync folder"),
+        *(f"link {version}", "fsync folder"),
+        *(*write, f"rename {record}", "fsync folder"),
+        *(*write, f"rename {names}", "fsync folder"),
     ]
     assert steps(root, monkeypatch, B) == ["fsync folder"]
+
+
+def test_a_record_that_was_there_is_durable_before_a_manifest_names_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / FOLDER).mkdir(parents=True)
+    (root / RECORD).write_bytes(A)
+    assert steps(root, monkeypatch, A)[:4] == ["fsync folder", "fsync file", "fsync folder", "write"]
 
 
 #: name -> contents exported before, and the changes of the export that is killed
