@@ -206,7 +206,12 @@ class BuiltEvent:
 
 def job_id(source: str, event_id: str) -> uuid.UUID:
     """Name the job of an event: uuid5 of the event id in the namespace of its source."""
-    return uuid.uuid5(uuid.uuid5(uuid.NAMESPACE_URL, source), event_id)
+    return uuid.uuid5(_namespace(source), event_id)
+
+
+@lru_cache(maxsize=256)
+def _namespace(source: str) -> uuid.UUID:
+    return uuid.uuid5(uuid.NAMESPACE_URL, source)
 
 
 def outcome_id(job: uuid.UUID, revision: int) -> uuid.UUID:

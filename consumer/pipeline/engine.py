@@ -17,11 +17,11 @@ from consumer.pipeline.attempt import Caller, Declined, LeaseLostError, build_co
 from consumer.pipeline.decide import may_start
 from consumer.pipeline.ending import Endings, RetrySettings, of_superseded, skipped
 from consumer.pipeline.keeper import Keeper
-from consumer.pipeline.progress import Ended, Progress, log_ended
+from consumer.pipeline.progress import Advanced, Progress
 from consumer.pipeline.signals import Signals, wait
 from consumer.store import jobs, lanes, steps
 from consumer.store.connection import Connection, Database, DatabaseError
-from consumer.store.rows import AttemptEnd, Claim, LaneChange, LaneRow, LaneState
+from consumer.store.rows import AttemptEnd, Claim, JobRow, LaneChange, LaneRow, LaneState
 from consumer.store.steps import Wanted
 from consumer.telemetry import get_logger
 
@@ -65,6 +65,8 @@ class Engine:
         self._running: dict[asyncio.Task[None], Claim] = {}
         self._results: asyncio.Queue[AttemptEnd] = asyncio.Queue()
         self._stopping = False
+        #: the last claim filled every slot of a destination, so a slot that gets free is worth a claim
+        self._hungry = False
         self._signals = signals
 
     # --- running -------------------------------------------------------------------------------------------
@@ -100,7 +102,8 @@ class Engine:
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._running.pop(task, None)
-        self._signals.steps.set()
+        if self._hungry:
+            self._signals.steps.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("attempt_crashed", exc_info=error)
 
@@ -127,22 +130,26 @@ class Engine:
         free = self._free_slots()
         kept = self._keeper.ready
         if not free and not kept:
+            self._hungry = True
             return []
         claims: list[Claim] = []
         async with self._database.write() as connection:
             now = await self._database.now(connection)
-            ended = await self._keeper.write_kept(connection, kept, now) if kept else []
+            moved, fresh = await self._keeper.write_kept(connection, kept, now) if kept else (Advanced(), {})
             states = await lanes.load(connection)
             for name, slots in free.items():
                 wanted = self._wanted(name, slots, states.get(name), now)
                 if wanted is not None:
-                    claims += await self._claim_lane(connection, wanted, now)
+                    claims += await self._claim_lane(connection, wanted, now, fresh)
             claims = await self._with_siblings(connection, claims)
+        self._hungry = any(self._count(claims, name) >= slots for name, slots in free.items()) or not free
         self._keeper.written(kept)
-        if ended:
-            log_ended(ended)
-            self._signals.outcomes.set()
+        self._progress.announce(moved)
         return claims
+
+    @staticmethod
+    def _count(claims: Sequence[Claim], name: str) -> int:
+        return sum(claim.step.destination == name for claim in claims)
 
     def _free_slots(self) -> dict[str, int]:
         used: dict[str, int] = {}
@@ -164,11 +171,15 @@ class Engine:
             slots = 1
         return Wanted(name, slots, limits.timeout_seconds + LEASE_MARGIN_SECONDS)
 
-    async def _claim_lane(self, connection: Connection, wanted: Wanted, now: datetime) -> list[Claim]:
+    async def _claim_lane(
+        self, connection: Connection, wanted: Wanted, now: datetime, fresh: Mapping[UUID, JobRow]
+    ) -> list[Claim]:
         found = await steps.due_steps(connection, wanted, now, lock=not self._database.is_sqlite)
         if not found:
             return []
-        of_jobs = await jobs.load_jobs(connection, {step.job_id for step in found})
+        of_jobs = {step.job_id: fresh[step.job_id] for step in found if step.job_id in fresh}
+        if len(of_jobs) < len(found):
+            of_jobs |= await jobs.load_jobs(connection, {step.job_id for step in found if step.job_id not in fresh})
         until = now + timedelta(seconds=wanted.lease_seconds)
         ready = [steps.unclaimed(step, of_jobs[step.job_id], until) for step in found]
         if any(claim.job.strategy == "first_success" for claim in ready):
@@ -265,23 +276,23 @@ class Engine:
                 await asyncio.sleep(IDLE_SECONDS)
             for _ in batch:
                 self._results.task_done()
-            self._signals.steps.set()
-            self._signals.outcomes.set()
 
     async def _try_write(self, batch: Sequence[AttemptEnd]) -> bool:
         try:
             async with self._database.write() as connection:
                 now = await self._database.now(connection)
-                ended = await self._write_batch(connection, batch, now)
+                moved = await self._write_batch(connection, batch, now)
         except DatabaseError as error:
             _log.error("result_not_written", reason=str(error).splitlines()[0], retry_in_seconds=IDLE_SECONDS)
             return False
-        log_ended(ended)
+        self._progress.announce(moved)
+        if moved.begun:
+            self._signals.steps.set()
         return True
 
-    async def _write_batch(self, connection: Connection, batch: Sequence[AttemptEnd], now: datetime) -> list[Ended]:
-        ids: set[UUID] = {end.claim.job.id for end in batch}
-        current = await jobs.load_jobs(connection, ids, lock=not self._database.is_sqlite)
+    async def _write_batch(self, connection: Connection, batch: Sequence[AttemptEnd], now: datetime) -> Advanced:
+        known = {end.claim.job.id: end.claim.job for end in batch}
+        current = await jobs.current_states(connection, known.values(), lock=not self._database.is_sqlite)
         ends = await steps.lock_copies(connection, batch)
         for lost in set(map(id, batch)) - set(map(id, ends)):
             _log.warning("result_refused", reason="another process took the step over", end=lost)
@@ -293,7 +304,10 @@ class Engine:
             await lanes.change(connection, list(changes.values()), now, is_sqlite=self._database.is_sqlite)
             if any(_changes_state(before.get(name), change) for name, change in changes.items()):
                 await jobs.decide_waiting_jobs(connection, now)
-        return await self._progress.advance_loaded(connection, current.values(), now)
+        moved = await self._progress.advance_loaded(connection, current.values(), now)
+        # a retry may be due at once, and a copy that is free again may be what a newer build waits for
+        again = any(end.step.next_attempt_at or current[end.claim.job.id].superseded_by for end in written)
+        return replace(moved, begun=moved.begun or again)
 
 
 def _changes_state(before: LaneRow | None, change: LaneChange) -> bool:

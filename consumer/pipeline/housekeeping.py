@@ -7,7 +7,7 @@ from uuid import UUID
 
 from consumer.destinations.registry import Registry
 from consumer.pipeline.attempt import Caller
-from consumer.pipeline.progress import Progress, log_ended
+from consumer.pipeline.progress import Progress
 from consumer.pipeline.retry import next_probe
 from consumer.pipeline.signals import Signals
 from consumer.store import consumers, jobs, lanes, steps
@@ -54,6 +54,8 @@ class Housekeeping:
         async with self._database.write() as connection:
             now = await self._database.now(connection)
             found = await self._abandon(connection, now, everything=self._database.is_sqlite)
+            if self._database.is_sqlite:
+                await jobs.release_snapshots(connection, now)
         if found:
             _log.warning("steps_recovered", count=found)
         return found
@@ -119,9 +121,8 @@ class Housekeeping:
             now = await self._database.now(connection)
             await steps.give_up(connection, late)
             await jobs.decide_later(connection, [(job, None) for job in decisions])
-            ended = await self._progress.advance(connection, {*decisions, *(job for job, _ in late)}, now)
-        log_ended(ended)
-        self._signals.outcomes.set()
+            moved = await self._progress.advance(connection, {*decisions, *(job for job, _ in late)}, now)
+        self._progress.announce(moved)
 
     async def _probe(self, lane: LaneRow) -> None:
         """Ask a paused destination again, so that a mended token needs no command."""

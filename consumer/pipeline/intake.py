@@ -13,10 +13,11 @@ from consumer.destinations.registry import Registry
 from consumer.errors import PoisonEventError
 from consumer.events import REPLAY_HEADER, BuiltEvent, parse_built
 from consumer.pipeline.outcome import poison_messages, reason_headers
-from consumer.pipeline.progress import Ended, Progress, log_ended
+from consumer.pipeline.progress import Advanced, Progress
 from consumer.pipeline.signals import Signals
 from consumer.store import jobs, outbox
 from consumer.store.connection import Connection, Database, DatabaseError, is_data_error
+from consumer.store.jobs import new_job_row
 from consumer.store.rows import JobRow, JobState, Message, NewJob, NewStep
 from consumer.telemetry import get_logger
 
@@ -44,12 +45,15 @@ class Arrived:
 class Accepted:
     """What one batch came to."""
 
+    now: datetime
     new: list[NewJob] = field(default_factory=list)
     refused: dict[UUID, tuple[str, str]] = field(default_factory=dict)
     reopened: list[UUID] = field(default_factory=list)
     poison: list[tuple[Arrived, PoisonEventError]] = field(default_factory=list)
     known: int = 0
-    ended: list[Ended] = field(default_factory=list)
+    advanced: list[Advanced] = field(default_factory=list)
+    superseded: set[UUID] = field(default_factory=set)
+    handed_on: bool = False
 
 
 def arrive(body: bytes, content_type: str | None, headers: dict[str, Any], *, redelivered: bool) -> Arrived:
@@ -106,16 +110,19 @@ class Intake:
             if not is_data_error(error):
                 raise
             return await self._one_by_one(batch)
-        self._wake()
-        _log_accepted(result)
+        self._announce(result)
         return result
 
-    def _wake(self) -> None:
-        self._signals.records.set()
-        self._signals.outcomes.set()
+    def _announce(self, result: Accepted) -> None:
+        """After the commit: log, and hand new jobs to the keeper."""
+        _log_accepted(result)
+        self._progress.announce(*result.advanced)
+        gone = result.superseded | set(result.refused)
+        fresh = [new_job_row(job, result.now) for job in result.new if job.id not in gone]
+        self._signals.records.give(fresh if result.handed_on else ())
 
     async def _one_by_one(self, batch: Sequence[Arrived]) -> Accepted:
-        result = Accepted()
+        result = Accepted(self._database.clock())
         for item in batch:
             try:
                 result = await self._commit([item])
@@ -124,25 +131,25 @@ class Intake:
                     raise
                 reason = PoisonEventError("unstorable", f"the database refuses it: {str(error).splitlines()[0]}")
                 result = await self._commit([Arrived(item.body, item.content_type, item.redelivered, poison=reason)])
-            _log_accepted(result)
-        self._wake()
+            self._announce(result)
         return result
 
     async def _commit(self, batch: Sequence[Arrived]) -> Accepted:
         async with self._database.write() as connection:
             now = await self._database.now(connection)
             result = await self._sort(connection, batch, now)
+            result.handed_on = self._signals.records.has_room(len(result.new))
             await self._write_new(connection, result, now)
             for item, error in result.poison:
-                await self._write_poison(connection, item, error, now)
+                result.advanced.append(await self._write_poison(connection, item, error, now))
             for job, (code, reason) in result.refused.items():
                 await jobs.fail_all_steps(connection, job, code, reason)
-            result.ended = await self._progress.advance(connection, result.refused, now)
+            result.advanced.append(await self._progress.advance(connection, result.refused, now))
         return result
 
     async def _sort(self, connection: Connection, batch: Sequence[Arrived], now: datetime) -> Accepted:
         """Tell new events from known ones, replays and poison."""
-        result = Accepted()
+        result = Accepted(now)
         events = [item.event for item in batch if item.event]
         digests = await jobs.known_digests(connection, {event.job_id for event in events})
         for item in batch:
@@ -200,7 +207,7 @@ class Intake:
 
     async def _write_new(self, connection: Connection, result: Accepted, now: datetime) -> None:
         newest = await jobs.newest_builds(connection, {job.session for job in result.new})
-        await jobs.insert_jobs(connection, result.new, now)
+        await jobs.insert_jobs(connection, result.new, now, handed_on=result.handed_on)
         builds: dict[str, tuple[UUID, datetime]] = {
             session: (job.id, job.build_time) for session, job in newest.items()
         }
@@ -210,20 +217,22 @@ class Intake:
                 builds[job.session] = (job.id, job.build_time)
                 if before is not None:
                     await jobs.supersede(connection, before[0], job.id)
+                    result.superseded.add(before[0])
                 continue
             # an older build that arrives late: it never runs, and repeats what the newer one came to
             await jobs.supersede(connection, job.id, before[0])
+            result.superseded.add(job.id)
             result.refused.pop(job.id, None)
             successor: JobRow | None = newest.get(job.session)
             if successor and successor.id == before[0] and successor.state is not JobState.OPEN:
-                await self._progress.repeat_outcome(connection, successor, now)
+                result.advanced.append(await self._progress.repeat_outcome(connection, successor, now))
 
     async def _write_poison(
         self, connection: Connection, item: Arrived, error: PoisonEventError, now: datetime
-    ) -> None:
+    ) -> Advanced:
         digest = hashlib.sha256(item.body).hexdigest()
         if item.redelivered and await outbox.has_letter(connection, digest):
-            return
+            return Advanced()
         names = self._progress.names
         letter = Message(
             "poison", f"{digest}.{uuid4().hex}", "", names.dead_queue, item.body,
@@ -232,6 +241,7 @@ class Intake:
         )  # fmt: skip
         messages = poison_messages(error, letter, digest=digest, strategy=self._strategy, now=now, names=names)
         await outbox.add(connection, messages, now, is_sqlite=self._database.is_sqlite)
+        return Advanced((), tuple(messages))
 
 
 def _arrived(delivery: Delivery) -> Arrived:
@@ -255,4 +265,3 @@ def _log_accepted(result: Accepted) -> None:
         _log.warning("event_poison", code=error.code, reason=str(error)[:500], event_id=error.event_id)
     if result.known:
         _log.info("events_known", count=result.known)
-    log_ended(result.ended)

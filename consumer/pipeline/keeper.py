@@ -1,13 +1,15 @@
 """Takes jobs whose record is not kept yet: reads and checks the record, keeps it, and lets the steps begin."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from uuid import UUID
 
 from consumer.errors import RecordError, RecordNotThereYet, RecordsRootMissing
 from consumer.events import restore_built
-from consumer.pipeline.progress import Ended, Progress
+from consumer.pipeline.progress import Advanced, Progress
 from consumer.pipeline.signals import Signals, wait
 from consumer.pipeline.snapshot import Snapshot, SnapshotReader, Spool
 from consumer.store import jobs
@@ -56,11 +58,12 @@ class Keeper:
         #: what was read and waits for the engine to write it down
         self.ready: list[tuple[JobRow, Read]] = []
         self._taken = asyncio.Event()
+        self._looked_at = 0.0
 
     async def run(self) -> None:
         """Keep records until cancelled."""
         while True:
-            self._signals.records.clear()
+            self._signals.records.event.clear()
             try:
                 found = await self.keep_once()
             except DatabaseError as error:
@@ -68,7 +71,7 @@ class Keeper:
                 await asyncio.sleep(IDLE_SECONDS)
                 continue
             if not found:
-                await wait(self._signals.records, IDLE_SECONDS)
+                await wait(self._signals.records.event, IDLE_SECONDS)
 
     async def keep_once(self) -> int:
         """Read one batch and hand it to the engine; returns how many jobs were due."""
@@ -89,6 +92,14 @@ class Keeper:
             self._taken.set()
 
     async def _take(self) -> list[JobRow]:
+        """Take what intake has handed on; once a second, and when there is nothing, look into the database."""
+        fresh = self._signals.records.take(BATCH)
+        if fresh and time.monotonic() - self._looked_at < IDLE_SECONDS:
+            return fresh
+        self._looked_at = time.monotonic()
+        return fresh + await self._take_stored()
+
+    async def _take_stored(self) -> list[JobRow]:
         # one keeper runs in a process and SQLite has one engine: only PostgreSQL needs a lease
         if self._database.is_sqlite:
             async with self._database.read() as connection:
@@ -125,9 +136,13 @@ class Keeper:
 
     async def write_kept(
         self, connection: Connection, kept: Sequence[tuple[JobRow, Read]], now: datetime
-    ) -> list[Ended]:
-        """Write down what became of each record, and let the steps of those that were kept begin."""
-        current = await jobs.load_jobs(connection, [job.id for job, _ in kept], lock=not self._database.is_sqlite)
+    ) -> tuple[Advanced, dict[UUID, JobRow]]:
+        """Write down what became of each record, and let the steps of those that were kept begin.
+
+        Returns also the jobs whose steps may begin, so that nobody has to load them again.
+        """
+        known = [job for job, _ in kept]
+        current = await jobs.current_states(connection, known, lock=not self._database.is_sqlite)
         opened = [(current[job.id], item) for job, item in kept if current[job.id].state is JobState.OPEN]
         problem = ""
         advanced: list[JobRow] = []
@@ -142,7 +157,8 @@ class Keeper:
         ]
         await jobs.keep_snapshots(connection, snapshots)
         self._report(problem)
-        return await self._progress.advance_loaded(connection, advanced, now)
+        moved = await self._progress.advance_loaded(connection, advanced, now)
+        return moved, {job.id: job for job in advanced}
 
     async def _refuse(self, connection: Connection, job: JobRow, error: RecordError | OSError, now: datetime) -> str:
         """Write down why a record is not kept; returns a problem that concerns all records."""

@@ -1,68 +1,101 @@
 """Sends what the outbox holds, with confirms; nothing in the database is forgotten (T5)."""
 
 import asyncio
+import time
+from datetime import datetime, timedelta
 
 from consumer.broker import Broker, BrokerAwayError
 from consumer.pipeline.signals import Signals, wait
 from consumer.store import outbox
-from consumer.store.connection import Connection, Database, DatabaseError
+from consumer.store.connection import Database, DatabaseError
 from consumer.store.rows import Message
 from consumer.telemetry import get_logger
 
 BATCH = 256
 IDLE_SECONDS = 1.0
+#: Younger messages are on their way through memory; the look into the database leaves them alone.
+YOUNG_SECONDS = 3.0
 
 _log = get_logger()
 
 
 class OutboxRelay:
-    """Publishes unsent messages in their order of writing, a batch of confirms at a time."""
+    """Publishes unsent messages, a batch of confirms at a time."""
 
     def __init__(self, database: Database, broker: Broker, signals: Signals) -> None:
         self._database = database
         self._broker = broker
-        self._signals = signals
+        self._fresh = signals.outcomes
+        self._looked_at = -IDLE_SECONDS
+        self._looks_at_all = True
 
     async def run(self) -> None:
         """Relay until cancelled; with the broker or the database away it waits for them."""
         while True:
             await self._broker.wait_until_ready()
-            self._signals.outcomes.clear()
+            self._fresh.event.clear()
             try:
                 sent, failed = await self.relay_once()
             except DatabaseError as error:
                 _log.error("outbox_database_away", reason=str(error).splitlines()[0])
                 sent, failed = 0, 1
             if failed:
+                # they are in the database and are found there again
+                self._fresh.clear()
                 await asyncio.sleep(IDLE_SECONDS)
             elif sent == 0:
-                await wait(self._signals.outcomes, IDLE_SECONDS)
+                await wait(self._fresh.event, IDLE_SECONDS)
 
     async def relay_once(self) -> tuple[int, int]:
         """Send one batch; returns how many were confirmed and how many must be sent again."""
+        if time.monotonic() - self._looked_at >= IDLE_SECONDS:
+            sent, failed = await self._send_stored()
+            if sent + failed == BATCH:
+                return sent, failed
+            self._looked_at, self._looks_at_all = time.monotonic(), False
+        else:
+            sent, failed = 0, 0
+        batch = self._fresh.take(BATCH)
+        done = await self._publish(batch)
+        if done:
+            async with self._database.write() as connection:
+                await outbox.mark_sent(connection, done, await self._database.now(connection))
+        return sent + len(done), failed + len(batch) - len(done)
+
+    async def drain(self) -> None:
+        """Send everything that is unsent, at a stop."""
+        self._looks_at_all = True
+        while True:
+            self._looked_at = -IDLE_SECONDS
+            sent, failed = await self.relay_once()
+            if not sent or failed:
+                return
+
+    async def _send_stored(self) -> tuple[int, int]:
+        """Send what the database still holds: from before a crash, or what could not be sent."""
         if self._database.is_sqlite:
             async with self._database.read() as connection:
-                batch = await outbox.unsent(connection, BATCH, lock=False)
-            if not batch:
-                return 0, 0
+                batch = await outbox.unsent(connection, self._cutoff(await self._database.now(connection)), BATCH)
             done = await self._publish(batch)
-            async with self._database.write() as connection:
-                await self._mark(connection, done)
-        else:
-            # the rows stay locked until the confirm, so that two relays never send the same message
-            async with self._database.write() as connection:
-                batch = await outbox.unsent(connection, BATCH, lock=True)
-                done = await self._publish(batch)
-                await self._mark(connection, done)
+            if done:
+                async with self._database.write() as connection:
+                    await outbox.mark_sent(connection, done, await self._database.now(connection))
+            return len(done), len(batch) - len(done)
+        # the rows stay locked until the confirm, so that two relays do not send the same message
+        async with self._database.write() as connection:
+            now = await self._database.now(connection)
+            batch = await outbox.unsent(connection, self._cutoff(now), BATCH, lock=True)
+            done = await self._publish(batch)
+            await outbox.mark_sent(connection, done, now)
         return len(done), len(batch) - len(done)
 
-    async def _mark(self, connection: Connection, done: list[tuple[int, bool]]) -> None:
-        await outbox.mark_sent(connection, done, await self._database.now(connection))
+    def _cutoff(self, now: datetime) -> datetime:
+        return now if self._looks_at_all else now - timedelta(seconds=YOUNG_SECONDS)
 
-    async def _publish(self, batch: list[Message]) -> list[tuple[int, bool]]:
+    async def _publish(self, batch: list[Message]) -> list[tuple[Message, bool]]:
         answers = await asyncio.gather(*(self._send(message) for message in batch))
         return [
-            (message.seq, answer == "unrouted")
+            (message, answer == "unrouted")
             for message, answer in zip(batch, answers, strict=True)
             if answer != "failed"
         ]

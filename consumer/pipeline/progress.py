@@ -7,6 +7,7 @@ from uuid import UUID
 
 from consumer.pipeline.decide import Place, StepView, decide
 from consumer.pipeline.outcome import Names, messages_of
+from consumer.pipeline.signals import Handoff
 from consumer.store import jobs, lanes, outbox, steps
 from consumer.store.connection import Connection
 from consumer.store.rows import JobRow, JobState, Message, StepChange, StepRow, StepState
@@ -23,10 +24,22 @@ class Ended:
     steps: tuple[StepRow, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Advanced:
+    """What moved in a transaction, to be announced after its commit."""
+
+    ended: tuple[Ended, ...] = ()
+    messages: tuple[Message, ...] = ()
+    begun: bool = False
+
+
 class Progress:
     """Knows the order of destinations and where outcomes go."""
 
-    def __init__(self, links: Mapping[str, Place], names: Names, *, is_sqlite: bool) -> None:
+    def __init__(
+        self, links: Mapping[str, Place], names: Names, outcomes: Handoff[Message], *, is_sqlite: bool
+    ) -> None:
+        self._outcomes = outcomes
         self._links = links
         self._names = names
         self._is_sqlite = is_sqlite
@@ -36,19 +49,26 @@ class Progress:
         """Return where messages go."""
         return self._names
 
-    async def advance(self, connection: Connection, ids: Iterable[UUID], now: datetime) -> list[Ended]:
+    def announce(self, *advanced: Advanced) -> None:
+        """After the commit: log what ended, and hand its messages to the relay."""
+        for item in advanced:
+            log_ended(item.ended)
+            if item.messages:
+                self._outcomes.give(item.messages)
+
+    async def advance(self, connection: Connection, ids: Iterable[UUID], now: datetime) -> Advanced:
         """Decide about open jobs, write the moves, and put the outcome of ended ones into the outbox."""
         wanted = set(ids)
         if not wanted:
-            return []
+            return Advanced()
         found = await jobs.load_jobs(connection, wanted, lock=not self._is_sqlite)
         return await self.advance_loaded(connection, found.values(), now)
 
-    async def advance_loaded(self, connection: Connection, loaded: Iterable[JobRow], now: datetime) -> list[Ended]:
+    async def advance_loaded(self, connection: Connection, loaded: Iterable[JobRow], now: datetime) -> Advanced:
         """Do the same for jobs that this transaction has loaded (and locked) already."""
         opened = [job for job in loaded if job.state is JobState.OPEN]
         if not opened:
-            return []
+            return Advanced()
         all_steps = await jobs.load_steps(connection, [job.id for job in opened])
         states = {name: lane.state for name, lane in (await lanes.load(connection)).items()}
         changes: list[StepChange] = []
@@ -76,12 +96,12 @@ class Progress:
                 again.append((job.id, decision.again_at))
         await steps.move_steps(connection, changes)
         await jobs.decide_later(connection, again)
-        await self._end(connection, ended, now)
-        return ended
+        begun = any(change.state is StepState.DUE for change in changes)
+        return Advanced(tuple(ended), await self._end(connection, ended, now), begun)
 
-    async def _end(self, connection: Connection, ended: list[Ended], now: datetime) -> None:
+    async def _end(self, connection: Connection, ended: list[Ended], now: datetime) -> tuple[Message, ...]:
         if not ended:
-            return
+            return ()
         messages: list[Message] = []
         over = [(item.job.id, item.job.state) for item in ended]
         for item in ended:
@@ -95,8 +115,9 @@ class Progress:
                 over.append((job.id, JobState.SUPERSEDED))
         await jobs.finish_jobs(connection, over, now)
         await outbox.add(connection, messages, now, is_sqlite=self._is_sqlite)
+        return tuple(messages)
 
-    async def repeat_outcome(self, connection: Connection, successor: JobRow, now: datetime) -> None:
+    async def repeat_outcome(self, connection: Connection, successor: JobRow, now: datetime) -> Advanced:
         """Answer events that were superseded by a job which has ended already."""
         answers = await jobs.load_steps(connection, [successor.id])
         messages: list[Message] = []
@@ -105,6 +126,7 @@ class Progress:
             messages += messages_of(job, answers.get(successor.id, []), now, self._names, answer=successor)
         await jobs.finish_jobs(connection, [(job.id, JobState.SUPERSEDED) for job in waiting], now)
         await outbox.add(connection, messages, now, is_sqlite=self._is_sqlite)
+        return Advanced((), tuple(messages))
 
     def view(self, step: StepRow) -> StepView:
         """Return what the rules need to know of a step."""

@@ -19,7 +19,7 @@ from consumer.pipeline.keeper import Keeper
 from consumer.pipeline.outbox import OutboxRelay
 from consumer.pipeline.outcome import Names
 from consumer.pipeline.progress import Progress
-from consumer.pipeline.signals import Signals
+from consumer.pipeline.signals import Signals, wait
 from consumer.pipeline.snapshot import SnapshotReader, Spool
 from consumer.store import consumers, jobs
 from consumer.store.connection import Database, DatabaseError
@@ -54,7 +54,7 @@ def build_pipeline(settings: Settings, database: Database, registry: Registry) -
         item.name: Place(item.name, item.priority, item.links_to, item.depends_on) for item in registry.known.values()
     }
     signals = Signals()
-    progress = Progress(places, names, is_sqlite=database.is_sqlite)
+    progress = Progress(places, names, signals.outcomes, is_sqlite=database.is_sqlite)
     reader = SnapshotReader(settings.resolved_records_path, settings.record_max_bytes, settings.record_schema)
     spool = Spool(settings.resolved_spool_path)
     retry = RetrySettings(settings.retry_base_seconds, settings.retry_max_seconds, settings.export_max_wait)
@@ -124,8 +124,7 @@ async def _drain(relay: OutboxRelay, broker: Broker) -> None:
         return
     with suppress(TimeoutError, *DatabaseError):
         async with asyncio.timeout(DRAIN_SECONDS):
-            while (await relay.relay_once())[0]:
-                pass
+            await relay.drain()
 
 
 async def _cancel(*tasks: asyncio.Task[None]) -> None:
@@ -167,7 +166,5 @@ async def _until_over(pipeline: Pipeline, identity: UUID) -> tuple[JobRow, list[
             steps = (await jobs.load_steps(connection, [identity])).get(identity, [])
         if job.state is not JobState.OPEN:
             return job, steps
-        pipeline.signals.outcomes.clear()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(1):
-                await pipeline.signals.outcomes.wait()
+        pipeline.signals.outcomes.event.clear()
+        await wait(pipeline.signals.outcomes.event, 1)

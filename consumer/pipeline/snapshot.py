@@ -19,6 +19,9 @@ from consumer.pipeline.files import read_below, safe_parts
 
 NAMESPACE = "https://data.nist.gov/od/dm/nexus/experiment/v1.0"
 ROOT = f"{{{NAMESPACE}}}Experiment"
+_START, _END, _USER, _INSTRUMENT = (
+    f"{{{NAMESPACE}}}{name}" for name in ("reservationStart", "reservationEnd", "experimenter", "instrument")
+)
 
 _LIBC = ctypes.CDLL(None, use_errno=True)  # Python has sync() and fsync(), but not syncfs()
 
@@ -60,22 +63,30 @@ class Spool:
             os.close(descriptor)
 
     def _write(self, item: Snapshot) -> None:
-        path = self.path(item.sha256, item.name)
+        folder = f"{self.root}/{item.sha256[:2]}/{item.sha256}"
+        path = f"{folder}/{item.name}"
         try:
-            path.parent.mkdir()
+            os.mkdir(folder)  # noqa: PTH102 - called for each record, where building Path objects shows
         except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            Path(folder).mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             # a copy from before may be cut or not flushed (a crash), so only its bytes count
-            if path.exists() and path.read_bytes() == item.content:
+            if Path(path).exists() and Path(path).read_bytes() == item.content:
                 return
-        temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}.part")
+        temporary = f"{folder}/.{os.getpid()}-{threading.get_ident()}.part"
         try:
-            temporary.write_bytes(item.content)
-            temporary.replace(path)
+            with open(temporary, "wb", buffering=0) as file:  # noqa: PTH123 - as above
+                _write_all(file.fileno(), item.content)
+            os.rename(temporary, path)  # noqa: PTH104 - as above
         except OSError:
-            temporary.unlink(missing_ok=True)
+            Path(temporary).unlink(missing_ok=True)
             raise
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
 
 
 def sync_file_system(descriptor: int) -> None:
@@ -188,12 +199,17 @@ def facts(root: Any) -> dict[str, Any]:
     summary = root.find(f"{{{NAMESPACE}}}summary")
     if summary is None:
         return {}
-    instrument = summary.find(f"{{{NAMESPACE}}}instrument")
+    children = {child.tag: child for child in summary}
+    texts = {
+        name: children[tag].text if tag in children else None
+        for name, tag in (("start", _START), ("end", _END), ("user", _USER))
+    }
+    instrument = children.get(_INSTRUMENT)
     found = {
         "instrument_pid": instrument.get("pid") if instrument is not None else None,
-        "dt_from": _moment(summary.findtext(f"{{{NAMESPACE}}}reservationStart")),
-        "dt_to": _moment(summary.findtext(f"{{{NAMESPACE}}}reservationEnd")),
-        "user": summary.findtext(f"{{{NAMESPACE}}}experimenter"),
+        "dt_from": _moment(texts["start"]),
+        "dt_to": _moment(texts["end"]),
+        "user": texts["user"],
     }
     return {name: value for name, value in found.items() if value}
 

@@ -1,12 +1,13 @@
 """Jobs: accepting them (T1), keeping their snapshot, deciding and ending them."""
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+from pydantic_core import from_json, to_json
 from sqlalchemy import Row, bindparam, case, insert, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -14,7 +15,7 @@ from consumer.store.rows import JobRow, JobState, NewJob, StepRow, StepState
 from consumer.store.tables import Utc, jobs, steps
 
 #: A consumer that took a job for its snapshot and died loses it after this time (PostgreSQL).
-SNAPSHOT_LEASE_SECONDS = 120
+SNAPSHOT_LEASE_SECONDS = 60
 
 _CHUNK = 500  # SQLite takes some thousands of parameters in a statement, so long lists go in parts
 
@@ -38,11 +39,17 @@ async def newest_builds(connection: AsyncConnection, sessions: Iterable[str]) ->
     return found
 
 
-async def insert_jobs(connection: AsyncConnection, new: Sequence[NewJob], now: datetime) -> None:
-    """Write new jobs with all their steps blocked; their snapshot is due at once."""
+async def insert_jobs(
+    connection: AsyncConnection, new: Sequence[NewJob], now: datetime, *, handed_on: bool = False
+) -> None:
+    """Write new jobs with all their steps blocked.
+
+    Their snapshot is due at once, or after the lease when they are ``handed_on`` in memory.
+    """
     if not new:
         return
-    await connection.execute(insert(jobs), [_job_values(job, now) for job in new])
+    due_at = now + timedelta(seconds=SNAPSHOT_LEASE_SECONDS) if handed_on else now
+    await connection.execute(insert(jobs), [_job_values(job, now, due_at) for job in new])
     values = [
         {
             "job_id": str(job.id),
@@ -59,7 +66,7 @@ async def insert_jobs(connection: AsyncConnection, new: Sequence[NewJob], now: d
         await connection.execute(insert(steps), values)
 
 
-def _job_values(job: NewJob, now: datetime) -> dict[str, Any]:
+def _job_values(job: NewJob, now: datetime, due_at: datetime) -> dict[str, Any]:
     return {
         "id": str(job.id),
         "source": job.source,
@@ -72,7 +79,7 @@ def _job_values(job: NewJob, now: datetime) -> dict[str, Any]:
         "strategy": job.strategy,
         "state": JobState.OPEN,
         "revision": 1,
-        "snapshot_due_at": now,
+        "snapshot_due_at": due_at,
         "snapshot_since": now,
     }
 
@@ -118,13 +125,36 @@ _keep_snapshot = (
 )  # fmt: skip
 
 
+async def release_snapshots(connection: AsyncConnection, now: datetime) -> None:
+    """At the start of the only engine: what was handed on in the memory of the one before is due now."""
+    await connection.execute(
+        update(jobs).where(jobs.c.snapshot_due_at > now, jobs.c.snapshot_tries == 0).values(snapshot_due_at=now)
+    )
+
+
+async def current_states(
+    connection: AsyncConnection, known: Iterable[JobRow], *, lock: bool = False
+) -> dict[UUID, JobRow]:
+    """Return known jobs with what may have changed since: state, revision and successor."""
+    rows = {str(job.id): job for job in known}
+    found: dict[UUID, JobRow] = {}
+    for part in _chunks(sorted(rows)):
+        query = select(jobs.c.id, jobs.c.state, jobs.c.revision, jobs.c.superseded_by)
+        query = query.where(jobs.c.id.in_(part)).order_by(jobs.c.id)
+        for row in await connection.execute(query.with_for_update() if lock else query):
+            successor = UUID(row.superseded_by) if row.superseded_by else None
+            job = rows[row.id]
+            found[job.id] = replace(job, state=JobState(row.state), revision=row.revision, superseded_by=successor)
+    return found
+
+
 async def keep_snapshots(
     connection: AsyncConnection, kept: Sequence[tuple[UUID, str, str, Mapping[str, Any]]]
 ) -> None:
     """Write down (job, sha256, file name, facts) of records that were read and checked."""
     if kept:
         values = [
-            {"key": str(job), "sha256": sha256, "name": name, "known": json.dumps(facts)}
+            {"key": str(job), "sha256": sha256, "name": name, "known": to_json(facts).decode()}
             for job, sha256, name, facts in kept
         ]
         await connection.execute(_keep_snapshot, values)
@@ -257,6 +287,27 @@ async def next_moment(connection: AsyncConnection) -> datetime | None:
     return min((value for value in found if value is not None), default=None)
 
 
+def new_job_row(job: NewJob, now: datetime) -> JobRow:
+    """Return a job as it was just inserted."""
+    return JobRow(
+        id=job.id,
+        source=job.source,
+        event_id=job.event_id,
+        session=job.session,
+        build_time=job.build_time,
+        received_at=now,
+        snapshot_since=now,
+        event=job.event,
+        strategy=job.strategy,
+        state=JobState.OPEN,
+        revision=1,
+        superseded_by=None,
+        record_sha256=None,
+        record_name=None,
+        facts={},
+    )
+
+
 def job_row(row: Row[Any]) -> JobRow:
     """Build a frozen job from a result row."""
     return JobRow(
@@ -273,7 +324,7 @@ def job_row(row: Row[Any]) -> JobRow:
         superseded_by=UUID(row.superseded_by) if row.superseded_by else None,
         record_sha256=row.record_sha256,
         record_name=row.record_name,
-        facts=json.loads(row.facts) if row.facts else {},
+        facts=from_json(row.facts) if row.facts else {},
         snapshot_tries=row.snapshot_tries,
         snapshot_since=row.snapshot_since,
     )
@@ -296,7 +347,7 @@ def step_row(row: Row[Any]) -> StepRow:
         last_request_at=row.last_request_at,
         error_code=row.error_code,
         reason=row.reason,
-        result=json.loads(row.result) if row.result else None,
+        result=from_json(row.result) if row.result else None,
     )
 
 

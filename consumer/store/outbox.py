@@ -1,10 +1,10 @@
 """Messages that must go out: written with what they tell of, marked when the broker has confirmed (T5)."""
 
-import json
 from collections.abc import Sequence
 from datetime import datetime
 from uuid import UUID
 
+from pydantic_core import from_json, to_json
 from sqlalchemy import bindparam, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -31,15 +31,20 @@ def _values(message: Message, now: datetime) -> dict[str, object]:
         "exchange": message.exchange,
         "routing_key": message.routing_key,
         "content_type": message.content_type,
-        "headers": json.dumps(message.headers),
+        "headers": to_json(message.headers).decode(),
         "body": message.body,
         "created_at": now,
     }
 
 
-async def unsent(connection: AsyncConnection, limit: int, *, lock: bool) -> list[Message]:
-    """Return the oldest messages without a confirm; with ``lock`` other relays skip them meanwhile."""
-    query = select(outbox).where(outbox.c.sent_at.is_(None)).order_by(outbox.c.seq).limit(limit)
+async def unsent(connection: AsyncConnection, cutoff: datetime, limit: int, *, lock: bool = False) -> list[Message]:
+    """Return the oldest messages without a confirm, written before ``cutoff``; ``lock``: other relays skip them."""
+    query = (
+        select(outbox)
+        .where(outbox.c.sent_at.is_(None), outbox.c.created_at <= cutoff)
+        .order_by(outbox.c.seq)
+        .limit(limit)
+    )
     if lock:
         query = query.with_for_update(skip_locked=True)
     return [
@@ -49,10 +54,9 @@ async def unsent(connection: AsyncConnection, limit: int, *, lock: bool) -> list
             exchange=row.exchange,
             routing_key=row.routing_key,
             body=bytes(row.body),
-            headers=json.loads(row.headers),
+            headers=from_json(row.headers),
             content_type=row.content_type,
             job_id=UUID(row.job_id) if row.job_id else None,
-            seq=row.seq,
         )
         for row in await connection.execute(query)
     ]
@@ -60,15 +64,18 @@ async def unsent(connection: AsyncConnection, limit: int, *, lock: bool) -> list
 
 _sent = (
     update(outbox)
-    .where(outbox.c.seq == bindparam("number"))
+    .where(outbox.c.kind == bindparam("what"), outbox.c.message_id == bindparam("identity"))
     .values(sent_at=bindparam("at"), unrouted=bindparam("returned"))
 )
 
 
-async def mark_sent(connection: AsyncConnection, sent: Sequence[tuple[int, bool]], now: datetime) -> None:
-    """Mark confirmed messages by (seq, unrouted)."""
+async def mark_sent(connection: AsyncConnection, sent: Sequence[tuple[Message, bool]], now: datetime) -> None:
+    """Mark confirmed messages; the flag says that no queue took it."""
     if sent:
-        values = [{"number": seq, "at": now, "returned": unrouted} for seq, unrouted in sent]
+        values = [
+            {"what": message.kind, "identity": message.message_id, "at": now, "returned": unrouted}
+            for message, unrouted in sent
+        ]
         await connection.execute(_sent, values)
 
 

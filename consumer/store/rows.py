@@ -94,7 +94,6 @@ class Message:
     headers: dict[str, Any] = field(default_factory=dict)
     content_type: str = "application/cloudevents+json"
     job_id: UUID | None = None
-    seq: int = 0
 
 
 @dataclass(frozen=True, slots=True)

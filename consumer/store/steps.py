@@ -1,12 +1,12 @@
 """Steps and copies: claiming work (T2), remembering facts (T3), writing results (T4)."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+from pydantic_core import from_json, to_json
 from sqlalchemy import Integer, Row, Text, and_, bindparam, func, insert, or_, select, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -141,7 +141,7 @@ def _with_copy(item: Claim, row: Row[Any]) -> Claim:
         sent_sha256=row.sent_sha256,
         stored_sha256=row.stored_sha256,
         build_time=row.build_time,
-        remembered=json.loads(row.remembered) if row.remembered else {},
+        remembered=from_json(row.remembered) if row.remembered else {},
         fence=row.fence,
     )
     return Claim(item.step, item.job, copy, row.fence, item.lease_until, item.siblings)
@@ -152,7 +152,7 @@ async def remember(connection: AsyncConnection, claimed: Claim, facts: Mapping[s
     result = await connection.execute(
         update(copies)
         .where(_same_copy(claimed), copies.c.fence == claimed.fence)
-        .values(remembered=json.dumps(dict(facts)))
+        .values(remembered=to_json(dict(facts)).decode())
     )
     return result.rowcount == 1
 
@@ -210,7 +210,7 @@ def _change_values(end: AttemptEnd, now: datetime) -> dict[str, Any]:
         "code": step.error_code,
         "why": step.reason,
         "at": step.next_attempt_at,
-        "outcome": json.dumps(step.result) if step.result is not None else None,
+        "outcome": to_json(step.result).decode() if step.result is not None else None,
         "counted": 1 if step.counts else 0,
         "looked": end.claim.step.lookups + 1 if step.looked_up else 0,
         # a look-up sends nothing that could commit late: the settle time counts from the request before it
@@ -247,7 +247,7 @@ def _copy_values(end: AttemptEnd) -> dict[str, Any]:
         "sent": change.sent_sha256 if change else None,
         "stored": change.stored_sha256 if change else None,
         "built": change.build_time if change else None,
-        "facts": json.dumps(change.remembered) if change and change.remembered else None,
+        "facts": to_json(change.remembered).decode() if change and change.remembered else None,
     }
 
 
@@ -260,7 +260,7 @@ def _log_values(entry: LogEntry) -> dict[str, Any]:
         "record_id": entry.record_id,
         "record_url": entry.record_url,
         "error_message": entry.error_message,
-        "metadata_json": json.dumps(entry.metadata, default=str) if entry.metadata else None,
+        "metadata_json": to_json(entry.metadata, fallback=str).decode() if entry.metadata else None,
         "event_id": entry.event_id,
         "source": entry.source,
         "attempt": entry.attempt,
