@@ -21,7 +21,7 @@ from consumer.telemetry import get_logger
 
 WORK_QUEUE = "nexuslims.export"
 DEAD_QUEUE = "nexuslims.export.dead"
-PREFETCH = 512
+PREFETCH = 256
 CONFIRM_SECONDS = 15.0
 CONNECT_SECONDS = 10.0
 RECONNECT_MAX_SECONDS = 5.0
@@ -155,7 +155,7 @@ class Broker:
             channel.close_callbacks.add(self._on_break)
             await channel.set_qos(prefetch_count=self._prefetch)
             underlay = await channel.get_underlay_channel()
-            underlay.on_consumer_cancel_callbacks.add(self._on_break)
+            underlay.on_consumer_cancel_callbacks.add(self._on_cancel)
             queue = await channel.get_queue(WORK_QUEUE, ensure=False)
             self._broken.clear()
             await queue.consume(self._on_message)
@@ -180,6 +180,14 @@ class Broker:
             self.deliveries.get_nowait()
 
     def _on_break(self, *_: Any) -> None:
+        self._broken.set()
+
+    def _on_cancel(self, *_: Any) -> None:
+        """Hear that the broker ended our consumer: its queue was deleted or moved."""
+        _log.error(
+            "work_queue_gone", queue=WORK_QUEUE,
+            consequence="it is declared again; events published while it was missing may be lost",
+        )  # fmt: skip
         self._broken.set()
 
     async def _on_message(self, message: AbstractIncomingMessage) -> None:

@@ -31,6 +31,8 @@ def head() -> str:
 
 async def current(database: Database) -> str | None:
     """Return the revision of a database, or None when it is empty."""
+    if database.is_sqlite and not database.path.exists():
+        return None  # asking would create the file
     async with database.read() as connection:
         return await connection.run_sync(_current)
 
