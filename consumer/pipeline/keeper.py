@@ -10,7 +10,7 @@ from uuid import UUID
 from consumer.errors import RecordError, RecordNotThereYet, RecordsRootMissing
 from consumer.events import restore_built
 from consumer.pipeline.progress import Advanced, Progress
-from consumer.pipeline.signals import Signals, wait
+from consumer.pipeline.signals import HANDOFF_LIMIT, Signals, wait
 from consumer.pipeline.snapshot import Snapshot, SnapshotReader, Spool
 from consumer.store import jobs
 from consumer.store.connection import Connection, Database, DatabaseError
@@ -59,6 +59,7 @@ class Keeper:
         self.ready: list[tuple[JobRow, Read]] = []
         self._taken = asyncio.Event()
         self._looked_at = 0.0
+        self._batch: list[JobRow] = []
 
     async def run(self) -> None:
         """Keep records until cancelled."""
@@ -75,7 +76,7 @@ class Keeper:
 
     async def keep_once(self) -> int:
         """Read one batch and hand it to the engine; returns how many jobs were due."""
-        batch = await self._take()
+        batch = self._batch = await self._take()
         if not batch:
             return 0
         read = await asyncio.to_thread(self._read_and_keep, batch)
@@ -84,6 +85,13 @@ class Keeper:
         self._signals.steps.set()
         await self._taken.wait()
         return len(batch)
+
+    async def give_back(self) -> None:
+        """At a stop: let the next process have what this one took and did not finish."""
+        async with self._database.write() as connection:
+            now = await self._database.now(connection)
+            waiting = self._signals.records.take(HANDOFF_LIMIT)
+            await jobs.give_back(connection, [job.id for job in [*self._batch, *waiting]], now)
 
     def written(self, kept: Sequence[tuple[JobRow, Read]]) -> None:
         """Hear that the engine has committed what was read: the next batch may begin."""

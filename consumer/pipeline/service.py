@@ -104,6 +104,7 @@ async def serve(pipeline: Pipeline, broker: Broker, stop: asyncio.Event) -> None
     with suppress(*DatabaseError):
         async with pipeline.database.write() as transaction:
             await consumers.leave(transaction, pipeline.owner)
+        await pipeline.keeper.give_back()
     _log.info("stopped")
 
 

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from sqlalchemy import event, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from consumer.errors import ConfigurationError, NexusExportError
@@ -144,11 +144,14 @@ class Database:
 
 
 def is_data_error(error: BaseException) -> bool:
-    """Tell a statement that the data broke from a database that is away or busy."""
+    """Tell a statement that the data broke from a database that is away, busy or not up to date.
+
+    PostgreSQL says it by the class of its SQLSTATE: 22 data exception, 23 integrity constraint.
+    """
     if not isinstance(error, DBAPIError) or error.connection_invalidated:
         return False
-    name = type(error).__name__
-    return name in {"DataError", "IntegrityError", "StatementError", "ProgrammingError"}
+    state = str(getattr(error.orig, "sqlstate", "") or "")
+    return state[:2] in {"22", "23"} or isinstance(error, DataError | IntegrityError)
 
 
 def _sqlite_engine(path: Path, *, pool_size: int, begin: str) -> AsyncEngine:

@@ -15,7 +15,7 @@ from consumer.store.rows import JobRow, JobState, NewJob, StepRow, StepState
 from consumer.store.tables import Utc, jobs, steps
 
 #: A consumer that took a job for its snapshot and died loses it after this time (PostgreSQL).
-SNAPSHOT_LEASE_SECONDS = 60
+SNAPSHOT_LEASE_SECONDS = 30
 
 _CHUNK = 500  # SQLite takes some thousands of parameters in a statement, so long lists go in parts
 
@@ -130,6 +130,14 @@ async def release_snapshots(connection: AsyncConnection, now: datetime) -> None:
     await connection.execute(
         update(jobs).where(jobs.c.snapshot_due_at > now, jobs.c.snapshot_tries == 0).values(snapshot_due_at=now)
     )
+
+
+async def give_back(connection: AsyncConnection, ids: Iterable[UUID], now: datetime) -> None:
+    """At an orderly stop: what this process took for a snapshot is due for the others (or the next start)."""
+    for part in _chunks([str(value) for value in ids]):
+        await connection.execute(
+            update(jobs).where(jobs.c.id.in_(part), jobs.c.snapshot_due_at.is_not(None)).values(snapshot_due_at=now)
+        )
 
 
 async def current_states(
