@@ -80,10 +80,11 @@ class Keeper:
         if not batch:
             return 0
         read = await asyncio.to_thread(self._read_and_keep, batch)
-        self.ready = list(zip(batch, read, strict=True))
-        self._taken.clear()
+        self.ready = [*self.ready, *zip(batch, read, strict=True)]
         self._signals.steps.set()
-        await self._taken.wait()
+        while len(self.ready) > BATCH:  # one batch ahead of the engine, no more
+            self._taken.clear()
+            await self._taken.wait()
         return len(batch)
 
     async def give_back(self) -> None:
@@ -91,13 +92,13 @@ class Keeper:
         async with self._database.write() as connection:
             now = await self._database.now(connection)
             waiting = self._signals.records.take(HANDOFF_LIMIT)
-            await jobs.give_back(connection, [job.id for job in [*self._batch, *waiting]], now)
+            unwritten = [job for job, _ in self.ready]
+            await jobs.give_back(connection, [job.id for job in [*unwritten, *self._batch, *waiting]], now)
 
     def written(self, kept: Sequence[tuple[JobRow, Read]]) -> None:
-        """Hear that the engine has committed what was read: the next batch may begin."""
-        if kept:
-            self.ready = []
-            self._taken.set()
+        """Hear that the engine has committed what was read."""
+        self.ready = self.ready[len(kept) :]
+        self._taken.set()
 
     async def _take(self) -> list[JobRow]:
         """Take what intake has handed on; once a second, and when there is nothing, look into the database."""
@@ -108,14 +109,13 @@ class Keeper:
         return fresh + await self._take_stored()
 
     async def _take_stored(self) -> list[JobRow]:
-        # one keeper runs in a process and SQLite has one engine: only PostgreSQL needs a lease
-        if self._database.is_sqlite:
-            async with self._database.read() as connection:
-                now = await self._database.now(connection)
-                return await jobs.take_for_snapshot(connection, now, BATCH, lease=False)
+        """Lease jobs that wait in the database: from before a crash, postponed, or too many for the memory."""
+        async with self._database.read() as connection:
+            if not await jobs.any_snapshot_due(connection, await self._database.now(connection)):
+                return []
         async with self._database.write() as connection:
             now = await self._database.now(connection)
-            return await jobs.take_for_snapshot(connection, now, BATCH, lease=True)
+            return await jobs.take_for_snapshot(connection, now, BATCH, lock=not self._database.is_sqlite)
 
     def _read_and_keep(self, batch: Sequence[JobRow]) -> list[Read]:
         """Read in portions of bounded size, so that a batch of large records stays out of memory."""

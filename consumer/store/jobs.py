@@ -99,19 +99,24 @@ async def supersede(connection: AsyncConnection, old: UUID, new: UUID) -> None:
     )
 
 
-async def take_for_snapshot(connection: AsyncConnection, now: datetime, limit: int, *, lease: bool) -> list[JobRow]:
-    """Return jobs whose snapshot is due; with ``lease`` other consumers do not get them for a while."""
+async def any_snapshot_due(connection: AsyncConnection, now: datetime) -> bool:
+    """Tell whether a job waits for its snapshot."""
+    query = select(jobs.c.id).where(jobs.c.snapshot_due_at <= now, jobs.c.state == JobState.OPEN).limit(1)
+    return (await connection.execute(query)).first() is not None
+
+
+async def take_for_snapshot(connection: AsyncConnection, now: datetime, limit: int, *, lock: bool) -> list[JobRow]:
+    """Take jobs whose snapshot is due: nobody else gets them for the time of a lease."""
     query = (
         select(jobs)
         .where(jobs.c.snapshot_due_at <= now, jobs.c.state == JobState.OPEN)
         .order_by(jobs.c.snapshot_due_at)
         .limit(limit)
     )
-    rows = (await connection.execute(query.with_for_update(skip_locked=True) if lease else query)).all()
-    if lease and rows:
-        until = now + timedelta(seconds=SNAPSHOT_LEASE_SECONDS)
-        ids = [row.id for row in rows]
-        await connection.execute(update(jobs).where(jobs.c.id.in_(ids)).values(snapshot_due_at=until))
+    rows = (await connection.execute(query.with_for_update(skip_locked=True) if lock else query)).all()
+    until = now + timedelta(seconds=SNAPSHOT_LEASE_SECONDS)
+    ids = [row.id for row in rows]
+    await connection.execute(update(jobs).where(jobs.c.id.in_(ids)).values(snapshot_due_at=until))
     return [job_row(row) for row in rows]
 
 

@@ -19,24 +19,48 @@ from sqlalchemy import (
     UniqueConstraint,
     text,
 )
+from sqlalchemy.engine import Dialect
+from sqlalchemy.types import TypeEngine
 
 metadata = MetaData(naming_convention={"ix": "ix_%(table_name)s_%(column_0_N_name)s", "pk": "pk_%(table_name)s"})
 
 
 class Utc(TypeDecorator[datetime]):
-    """Zone-aware moments; SQLite keeps them as sortable UTC text, PostgreSQL as timestamptz."""
+    """Zone-aware moments: timestamptz on PostgreSQL, sortable ISO 8601 text in UTC on SQLite.
+
+    The text is read and written by C code; SQLAlchemy's own text format cost a tenth of the time of a record.
+    """
 
     impl = DateTime(timezone=True)
     cache_ok = True
 
-    def process_bind_param(self, value: datetime | None, dialect: Any) -> datetime | None:  # noqa: D102, ARG002
-        if value is not None and value.tzinfo is None:
-            message = f"naive time {value}: the store takes only times with a zone"
-            raise ValueError(message)
-        return value.astimezone(UTC) if value is not None else None
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        """Choose the column type."""
+        if dialect.name == "sqlite":
+            return dialect.type_descriptor(String(32))
+        return dialect.type_descriptor(DateTime(timezone=True))
 
-    def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:  # noqa: D102, ARG002
-        return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
+    def bind_processor(self, dialect: Dialect) -> Any:
+        """Return the function that turns a moment into what the driver takes; it refuses naive ones."""
+        as_text = dialect.name == "sqlite"
+
+        def process(value: datetime | None) -> datetime | str | None:
+            if value is None:
+                return None
+            if value.tzinfo is not UTC:
+                if value.tzinfo is None:
+                    message = f"naive time {value}: the store takes only times with a zone"
+                    raise ValueError(message)
+                value = value.astimezone(UTC)
+            return value.isoformat(timespec="microseconds") if as_text else value
+
+        return process
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Any:  # noqa: ARG002 - SQLAlchemy's signature
+        """Return the function that turns what the driver gives into a moment."""
+        if dialect.name != "sqlite":
+            return None
+        return lambda text: None if text is None else datetime.fromisoformat(text)
 
 
 jobs = Table(

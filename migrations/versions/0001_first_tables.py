@@ -1,5 +1,7 @@
 """The first tables: jobs, steps, copies, lanes, outbox, upload_log, consumers."""
 
+from datetime import datetime
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -9,8 +11,9 @@ branch_labels = None
 depends_on = None
 
 
-def moment() -> sa.DateTime:
-    return sa.DateTime(timezone=True)
+def moment() -> sa.types.TypeEngine[datetime]:
+    """timestamptz, or ISO 8601 text in UTC on SQLite."""
+    return sa.DateTime(timezone=True).with_variant(sa.String(32), "sqlite")
 
 
 def partial_index(name: str, table: str, columns: list[str], where: str) -> None:
