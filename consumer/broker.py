@@ -14,6 +14,9 @@ from urllib.parse import urlsplit
 import aio_pika
 import aiormq
 from aio_pika.abc import AbstractChannel, AbstractExchange, AbstractIncomingMessage
+from aiormq.abc import AbstractChannel as RawChannel
+from aiormq.abc import DeliveredMessage
+from pamqp.commands import Basic
 
 from consumer.errors import ConfigurationError, NexusExportError
 from consumer.events import BUILT, EXPORT_FAILED, EXPORTED, STRUCTURED_TYPE
@@ -55,7 +58,8 @@ class BrokerAwayError(NexusExportError):
 class Delivery:
     """A message that waits for its ack. ``body`` and ``headers`` are as they came."""
 
-    message: AbstractIncomingMessage
+    channel: RawChannel
+    tag: int
     body: bytes
     content_type: str | None
     headers: dict[str, Any]
@@ -67,7 +71,7 @@ class Delivery:
         A lost channel is no error: the broker delivers again and the inbox knows the event.
         """
         try:
-            await self.message.ack(multiple=all_before)
+            await self.channel.basic_ack(self.tag, multiple=all_before)
         except _LOST:
             _log.info("ack_lost", reason="the channel closed first; the broker delivers again")
 
@@ -81,8 +85,7 @@ class Broker:
         self._name = name
         self._prefetch = prefetch
         self.deliveries: asyncio.Queue[Delivery] = asyncio.Queue()
-        self._exchange: AbstractExchange | None = None
-        self._channel: AbstractChannel | None = None
+        self._publishing: RawChannel | None = None
         self._ready = asyncio.Event()
         self._broken = asyncio.Event()
         self._may_consume = asyncio.Event()
@@ -134,8 +137,8 @@ class Broker:
         connection = await connect(self.url, self._name)
         try:
             publishing = await connection.channel(publisher_confirms=True)
-            self._exchange = await declare_topology(publishing, self._exchange_name)
-            self._channel = publishing
+            await declare_topology(publishing, self._exchange_name)
+            self._publishing = await publishing.get_underlay_channel()
             connection.close_callbacks.add(self._on_break)
             publishing.close_callbacks.add(self._on_break)
             self._ready.set()
@@ -143,22 +146,21 @@ class Broker:
             yield connection
         finally:
             self._ready.clear()
-            self._exchange = self._channel = None
+            self._publishing = None
             await _close_quietly(connection)
 
     async def _consume_until_broken(self, connection: aio_pika.abc.AbstractConnection) -> None:
         while not connection.is_closed:
             await self._wait_for_leave(connection)
-            if connection.is_closed or self._channel is None or self._channel.is_closed:
+            if connection.is_closed or self._publishing is None or self._publishing.is_closed:
                 return
             channel = await connection.channel(publisher_confirms=False)
             channel.close_callbacks.add(self._on_break)
             await channel.set_qos(prefetch_count=self._prefetch)
-            underlay = await channel.get_underlay_channel()
-            underlay.on_consumer_cancel_callbacks.add(self._on_cancel)
-            queue = await channel.get_queue(WORK_QUEUE, ensure=False)
+            raw = await channel.get_underlay_channel()
+            raw.on_consumer_cancel_callbacks.add(self._on_cancel)
             self._broken.clear()
-            await queue.consume(self._on_message)
+            await raw.basic_consume(WORK_QUEUE, self._on_message)
             try:
                 await self._broken.wait()
             finally:
@@ -190,12 +192,14 @@ class Broker:
         )  # fmt: skip
         self._broken.set()
 
-    async def _on_message(self, message: AbstractIncomingMessage) -> None:
+    async def _on_message(self, message: DeliveredMessage) -> None:
+        properties = message.header.properties
         self.deliveries.put_nowait(
             Delivery(
-                message, message.body, message.content_type, dict(message.headers or {}), bool(message.redelivered)
+                message.channel, message.delivery_tag or 0, message.body, properties.content_type,
+                dict(properties.headers or {}), bool(message.redelivered),
             )
-        )
+        )  # fmt: skip
 
     async def publish(
         self, *, exchange: str, routing_key: str, body: bytes, message_id: str,
@@ -206,20 +210,20 @@ class Broker:
         ``exchange`` empty: straight to the queue named by ``routing_key``. A time-out does not mean that the
         message was refused: it is sent again with the same id. Raises ``BrokerAwayError``.
         """
-        target = self._exchange
-        if exchange == "" and self._channel is not None:
-            target = self._channel.default_exchange
-        if target is None:
+        channel = self._publishing
+        if channel is None:
             raise BrokerAwayError
-        message = aio_pika.Message(
-            body, message_id=message_id, content_type=content_type, headers=headers, type=kind,
-            delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
-        )  # fmt: skip
+        properties = Basic.Properties(
+            content_type=content_type, message_id=message_id, message_type=kind, headers=headers, delivery_mode=2
+        )
         try:
-            answer = await target.publish(message, routing_key, mandatory=True, timeout=CONFIRM_SECONDS)
+            answer = await channel.basic_publish(
+                body, exchange=exchange, routing_key=routing_key, properties=properties, mandatory=True,
+                timeout=CONFIRM_SECONDS,
+            )  # fmt: skip
         except _LOST as error:
             raise BrokerAwayError(str(error) or type(error).__name__) from None
-        return not isinstance(answer, aiormq.abc.DeliveredMessage)
+        return not isinstance(answer, DeliveredMessage)
 
     def reconnect(self) -> None:
         """Make the session anew, declaring every queue again (one that we need is gone)."""
@@ -360,6 +364,6 @@ class Client:
             answer = await self._exchange.publish(message, BUILT, mandatory=True, timeout=CONFIRM_SECONDS)
         except _LOST as error:
             raise BrokerAwayError(explain(error, self._url)) from None
-        if isinstance(answer, aiormq.abc.DeliveredMessage):
+        if isinstance(answer, DeliveredMessage):
             message_text = f"no queue takes {BUILT} at {shown(self._url)}"
             raise BrokerAwayError(message_text)

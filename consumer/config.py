@@ -175,6 +175,9 @@ class Environment:
         except OSError as error:
             message = f"{name}_FILE ({pointer.origin}): cannot read {pointer.text}: {error.strerror}"
             raise ConfigurationError(message) from None
+        except ValueError:
+            message = f"{name}_FILE ({pointer.origin}): {pointer.text} holds no UTF-8 text"
+            raise ConfigurationError(message) from None
         return Value(text, f"file {pointer.text}")
 
     @staticmethod
@@ -215,8 +218,24 @@ def read_environment(environ: Mapping[str, str], folder: Path) -> Environment:
             raise ConfigurationError(message)
         files.append(path)
     for file in files:
-        if file.is_file():
-            for name, text in dotenv_values(file, interpolate=False).items():
-                if name.startswith("NX_") and text is not None:
-                    values.setdefault(name, Value(text, str(file)))
+        for name, value in read_env_file(file).items():
+            values.setdefault(name, value)
     return Environment(values)
+
+
+def read_env_file(file: Path) -> dict[str, Value]:
+    """Collect the ``NX_`` values of one file; a file that is not there holds none.
+
+    Raises ``ConfigurationError`` when it cannot be read.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        found = dotenv_values(file, interpolate=False)
+    except OSError as error:
+        message = f"{file} cannot be read: {error.strerror}"
+        raise ConfigurationError(message) from None
+    except ValueError:
+        message = f"{file} holds no UTF-8 text"
+        raise ConfigurationError(message) from None
+    return {k: Value(v, str(file)) for k, v in found.items() if k.startswith("NX_") and v is not None}

@@ -7,14 +7,16 @@ Schemas and the AsyncAPI document in ``docs/reference``.
 
 import hashlib
 import json
+import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     AwareDatetime,
     BaseModel,
     BeforeValidator,
@@ -25,6 +27,7 @@ from pydantic import (
     StrictInt,
     StringConstraints,
     Tag,
+    TypeAdapter,
     ValidationError,
 )
 from pydantic_core import from_json, to_json
@@ -45,14 +48,27 @@ _ATTRIBUTES = ("id", "source", "type", "specversion", "subject", "time", "datasc
 
 
 def _only_text(value: Any) -> Any:
-    """Refuse numbers as times: a bare 0 would silently mean 1970."""
-    if not isinstance(value, str | datetime):
+    """Refuse numbers as times, also those in a text: a bare 0 would silently mean 1970."""
+    if not isinstance(value, datetime) and not (isinstance(value, str) and _DATE.match(value)):
         message = "must be an RFC 3339 text with a zone"
-        raise ValueError(message)  # noqa: TRY004 - pydantic turns only ValueError into a validation error
+        raise ValueError(message)
     return value
 
 
-Moment = Annotated[AwareDatetime, BeforeValidator(_only_text)]
+def _has_utc(value: datetime) -> datetime:
+    """Refuse the first and last hours of the calendar that have no UTC: the store keeps UTC."""
+    try:
+        value.astimezone(UTC)
+    except OverflowError:
+        message = "must be a time between the years 1 and 9999 in UTC"
+        raise ValueError(message) from None
+    return value
+
+
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ]")
+
+Moment = Annotated[AwareDatetime, BeforeValidator(_only_text), AfterValidator(_has_utc)]
+_MOMENT: TypeAdapter[datetime] = TypeAdapter(Moment)
 Name = Annotated[str, StringConstraints(min_length=1, max_length=255)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$", to_lower=True)]
 
@@ -232,11 +248,11 @@ def parse_built(body: bytes, *, content_type: str | None, headers: Mapping[str, 
         raise PoisonEventError("not_cloudevent", _sentence(error), **known) from None
     if envelope.type != BUILT:
         raise PoisonEventError("unknown_type", f"type is {envelope.type!r}; this queue takes {BUILT!r}", **known)
-    _refuse_unstorable(body, document, known)
+    _refuse_unstorable(body if structured else None, document, known)
     try:
         data = RecordBuilt.model_validate(document.get("data"))
     except ValidationError as error:
-        raise PoisonEventError("invalid_data", "data." + _sentence(error), **known) from None
+        raise PoisonEventError("invalid_data", _sentence(error, "data"), **known) from None
     canonical = json.dumps(document["data"], sort_keys=True, separators=(",", ":")).encode()
     return BuiltEvent(
         source=envelope.source,
@@ -248,6 +264,11 @@ def parse_built(body: bytes, *, content_type: str | None, headers: Mapping[str, 
         text=body.decode() if structured else to_json(document).decode(),
         traceparent=envelope.traceparent,
     )
+
+
+def read_moment(text: str) -> datetime:
+    """Read a time as events hold it. Raises ``ValueError``."""
+    return _MOMENT.validate_python(text)
 
 
 def restore_built(text: str) -> BuiltEvent:
@@ -264,7 +285,8 @@ def _restore(text: str) -> BuiltEvent:
     return BuiltEvent(
         source=document["source"],
         id=document["id"],
-        time=datetime.fromisoformat(time) if time else None,
+        # the same reader as in parse_built: Python's own one takes fewer forms of RFC 3339
+        time=read_moment(time) if time else None,
         data=RecordBuilt.model_validate(document["data"]),
         data_sha256="",
         text=text,
@@ -286,10 +308,11 @@ def _structured(body: bytes, content_type: str | None, headers: Mapping[str, Any
     attributes = _header_attributes(headers)
     if attributes and not (content_type or "").startswith("application/cloudevents"):
         return {**attributes, "data": document}, False
+    known = _readable(document) if isinstance(document, dict) else {}
     raise PoisonEventError(
         "not_cloudevent",
         "neither a JSON object with specversion nor a message with cloudEvents_ headers",
-        session=_session(document),
+        **{**known, "session": known.get("session") or _session(document)},
     )
 
 
@@ -327,12 +350,13 @@ def _session(data: Any) -> str | None:
     return value if isinstance(value, str) and 0 < len(value) <= 255 and "\0" not in value else None  # noqa: PLR2004
 
 
-def _refuse_unstorable(body: bytes, document: Any, known: dict[str, str | None]) -> None:
+def _refuse_unstorable(body: bytes | None, document: Any, known: dict[str, str | None]) -> None:
     """NUL cannot be stored in PostgreSQL nor sent in XML; a lone surrogate cannot be encoded at all.
 
     The JSON reader refuses lone surrogates itself; NUL can only come as an escape, so most bodies need no walk.
+    ``body`` is None in binary mode, where headers may hold one too.
     """
-    if b"\\u0000" not in body and b"\0" not in body:
+    if body is not None and b"\\u0000" not in body:
         return
     stack = [document]
     while stack:
@@ -346,11 +370,14 @@ def _refuse_unstorable(body: bytes, document: Any, known: dict[str, str | None])
             stack.extend(value)
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(error: ValidationError, root: str | None = None) -> str:
     """Say the first problem as ``where: what``."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"] if part not in {"path", "inline"} or len(first["loc"]) == 1)
-    return f"{where or 'data'}: {first['msg']}" if where else first["msg"]
+    parts = [str(part) for part in first["loc"]]
+    if parts[:1] == ["record"] and parts[1:2] in (["path"], ["inline"]):
+        del parts[1]  # the tag of the union, which no event holds
+    where = ".".join([root, *parts] if root else parts)
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def outcome_type(outcome: Outcome) -> str:

@@ -1,6 +1,7 @@
 """The command line, and the place where everything is put together; the only reader of settings."""
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -132,6 +133,7 @@ async def _serve(setup: Setup) -> int:
         _log.error("plugin_not_used", origin=problem.origin, reason=problem.message)
     for name, near in settings.unknown_names(setup.environment, setup.registry).items():
         _log.warning("setting_unknown", name=name, did_you_mean=near)
+    _collect_less_often()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -142,6 +144,16 @@ async def _serve(setup: Setup) -> int:
         _log.info("starting", destinations=list(setup.registry.enabled), strategy=setup.settings.export_strategy)
         await serve(pipeline, broker, stop)
     return 0
+
+
+def _collect_less_often() -> None:
+    """Spare the garbage collector what lives as long as the process, and let short-lived rows die by themselves.
+
+    With the defaults it took a sixth of the time of each record.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @app.command("export")

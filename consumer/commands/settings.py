@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from consumer.config import (
     Environment,
     LaneSettings,
     Settings,
+    Value,
     is_secret,
-    read_environment,
+    read_env_file,
     variable,
 )
 from consumer.destinations.registry import Registry
@@ -103,13 +104,19 @@ def write_env(folder: Path, source: Path | None, registry: Registry) -> int:
     if source is not None and not source.is_file():
         message = f"{source} is no file; give the .env of NexusLIMS with --from"
         raise ConfigurationError(message)
-    given = read_environment({}, folder)
-    taken = read_environment({}, source.parent) if source is not None else Environment({})
+    given = read_env_file(target)
+    taken = read_env_file(source) if source is not None else {}
     before = target.read_text(encoding="utf-8") if target.exists() else ""
-    text = before + ("" if before.endswith("\n") or not before else "\n")
-    text += "".join(_env_lines(given, taken, registry, first=not before))
-    _write_private(target, text)
-    count = sum(name in taken.values and name not in given.values for name in taken.values)
+    new = [line for line in lines(Environment({}), registry) if not _mentions(before, given, taken, line.name)]
+    added = "".join(_env_lines(new, taken, registry))
+    if added:
+        head = (
+            "\n# added by nexus-export init\n"
+            if before
+            else "# nexus-export; every setting: nexus-export config show\n"
+        )
+        _write_private(target, before + ("" if before.endswith("\n") or not before else "\n") + head + added)
+    count = sum(line.name in taken for line in new)
     console.say(
         f"{target} {'completed' if before else 'written'}" + (f"; {count} values taken over" if count else "")
     )
@@ -117,14 +124,18 @@ def write_env(folder: Path, source: Path | None, registry: Registry) -> int:
     return 0
 
 
-def _env_lines(given: Environment, taken: Environment, registry: Registry, *, first: bool) -> Iterator[str]:
-    yield "# nexus-export; every setting: nexus-export config show\n" if first else "\n# added by nexus-export init\n"
+def _mentions(before: str, given: Mapping[str, Value], taken: Mapping[str, Value], name: str) -> bool:
+    """Tell whether a file sets a name already, or shows it in a comment and there is no value for it."""
+    return name in given or (name not in taken and f"\n# {name}=" in "\n" + before)
+
+
+def _env_lines(new: Sequence[Line], taken: Mapping[str, Value], registry: Registry) -> Iterator[str]:
     lane_only = {variable(LaneSettings, field, f"NX_{item.name.upper()}_")
                  for item in registry.known.values() for field in LaneSettings.model_fields}  # fmt: skip
-    for line in lines(Environment({}), registry):
-        if line.name in given.values or line.name in lane_only:
+    for line in new:
+        value = taken.get(line.name)
+        if value is None and line.name in lane_only:
             continue
-        value = taken.values.get(line.name)
         yield f"\n# {line.meaning or line.name}\n"
         yield f"{line.name}={_quoted(value.text)}\n" if value else f"# {line.name}={line.value}\n"
 

@@ -127,7 +127,7 @@ class Cdcs:
     @property
     def disabled_because(self) -> str:
         """Name the setting that is missing, or nothing."""
-        token = self._settings.token.get_secret_value() if self._settings.token else None
+        token = None if self._settings.token is None else self._settings.token.get_secret_value()
         for name, value in (("NX_CDCS_TOKEN", token), ("NX_CDCS_URL", self._settings.url)):
             if not value:
                 return f"{name} not configured" if value is None else f"{name} is empty"
@@ -148,14 +148,11 @@ class Cdcs:
             return False, self.disabled_because
         try:
             answer = await self._http.request("GET", _TEMPLATES, pass_through=range(400, 600))
-            status, url = answer.status_code, self._base_url + _TEMPLATES
+            status, body = answer.status_code, self._http.quote(answer)
             if status in _AUTHENTICATION:
-                return (
-                    False,
-                    f"CDCS authentication failed: check NX_CDCS_TOKEN ({status}: {self._http.quote(answer)})",
-                )
+                return False, f"CDCS authentication failed: check NX_CDCS_TOKEN ({status}: {body})"
             if status != HTTPStatus.OK:
-                return False, f"CDCS answered {status} {answer.reason_phrase} at {url}; check NX_CDCS_URL"
+                return False, f"CDCS answered {status} {answer.reason_phrase} at {self._base_url}{_TEMPLATES}"
             choose_template(self._objects(answer), self._settings.template_title)
         except DestinationError as error:
             return False, f"CDCS configuration error: {error}"
@@ -203,7 +200,7 @@ class Cdcs:
             return Absent()
         if answer.status_code in _AUTHENTICATION:
             return Unsure(f"the token may not read record {record_id}: {self._http.quote(answer)}")
-        if self._sha256_of(self._ok(answer)) == wanted:
+        if self._sha256_of(answer) == wanted:
             return Present(record_id, self._url(record_id))
         return Partial(record_id)
 
@@ -222,10 +219,7 @@ class Cdcs:
             ours, *surplus = complete + earlier
             if surplus:
                 _log.warning("surplus_copy", destination=self.name, record_id=str(ours), surplus=surplus)
-            if complete:
-                return Present(str(ours), self._url(ours))
-            await context.remember(record_id=str(ours))
-            return Partial(str(ours))
+            return Present(str(ours), self._url(ours)) if complete else Partial(str(ours))
         if hits:
             found = self._url(min(hits)[0])
             raise Permanent(f"{found} has the title {title!r} and bytes that we never sent", code="conflict")
@@ -262,14 +256,13 @@ class Cdcs:
             raise self._changed(record_id, "was deleted at CDCS")
         if answer.status_code in _AUTHENTICATION:
             raise self._refusal(answer, creating=False)
-        there = self._sha256_of(self._ok(answer))
+        there = self._sha256_of(answer)
         if there == sha256:
             return "unchanged" if context.last_export else "created"
         if there not in our_hashes(context):
             raise self._changed(record_id, "was changed at CDCS after we wrote it")
-        answer = await self._http.request(
-            "PATCH", _record(record_id), json=dict(body), creates=True, pass_through=_INTERNAL
-        )
+        path = _record(record_id)
+        answer = await self._http.request("PATCH", path, json=dict(body), creates=True, pass_through=_INTERNAL)
         if answer.status_code == HTTPStatus.NOT_FOUND:
             raise self._changed(record_id, "was deleted at CDCS")
         if answer.status_code != HTTPStatus.OK:
@@ -284,17 +277,16 @@ class Cdcs:
         """Say what an answer to a write means that is not success."""
         status, body = answer.status_code, self._http.quote(answer)
         error = said(answer.content)
+        message = error.get("message", "")
         if status == HTTPStatus.UNAUTHORIZED or (status == HTTPStatus.FORBIDDEN and "detail" in error):
             return Misconfigured(f"Could not authenticate to CDCS, check NX_CDCS_TOKEN: {body}")
-        if status == HTTPStatus.FORBIDDEN or lacks_right(error.get("message", "")):
+        if status == HTTPStatus.FORBIDDEN or lacks_right(message):
             if creating:
                 return Misconfigured(f"NX_CDCS_TOKEN may not create records: {body}")
             return Permanent(f"NX_CDCS_TOKEN may not change this record: {body}", code="not_permitted")
         if creating and status in {HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED}:
             return Misconfigured(f"there is no CDCS at {self._base_url}, check NX_CDCS_URL: {status} {body}")
-        if HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR or is_refusal(
-            error.get("message", "")
-        ):
+        if HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR or is_refusal(message):
             return Permanent(f"CDCS upload failed: {body}", code="rejected")
         wait = retry_after_seconds(answer.headers)
         return UnknownOutcome(f"CDCS answered {status} {answer.reason_phrase}: {body}", retry_after=wait)
@@ -317,16 +309,19 @@ class Cdcs:
             raise Permanent("the session has no reservation with a username; the token's user owns the record")
         user_id = await self._find_user(reservation)
         if user_id is None:
-            await self._create_user(reservation)
+            refusal = await self._create_user(reservation)
+            # another task may have created the user just before
             user_id = await self._find_user(reservation)
-        path = f"rest/data/{record_id}/change-owner/{user_id}"
-        self._ok(await self._http.request("PATCH", path, creates=True))
+            if user_id is None:
+                raise Permanent(f"CDCS did not create the user {username}: {refusal}")
+        self._ok(await self._http.request("PATCH", f"{_record(record_id)}change-owner/{user_id}", creates=True))
 
     async def _find_user(self, reservation: Any) -> int | None:
         users = self._objects(await self._http.request("GET", "rest/user/"))
         return find_user(users, reservation.username, getattr(reservation, "user_email", None))
 
-    async def _create_user(self, reservation: Any) -> None:
+    async def _create_user(self, reservation: Any) -> str:
+        """Create the user; return what CDCS said."""
         user = {
             "username": reservation.username,
             "email": getattr(reservation, "user_email", None) or "",
@@ -334,10 +329,10 @@ class Cdcs:
             "last_name": getattr(reservation, "user_last_name", None) or "",
             "password": secrets.token_urlsafe(32),
         }
-        answer = await self._http.request("POST", "rest/user/", json=user, creates=True)
-        # 400: perhaps another task has just created the user; the look-up that follows tells
-        if answer.status_code not in {HTTPStatus.CREATED, HTTPStatus.BAD_REQUEST}:
-            raise Permanent(f"CDCS did not create the user {reservation.username}: {self._http.quote(answer)}")
+        # two tasks that create one user at a time get 400 or 500
+        any_status = range(400, 600)
+        answer = await self._http.request("POST", "rest/user/", json=user, creates=True, pass_through=any_status)
+        return self._http.quote(answer)
 
     async def _look_up_template(self) -> Template:
         title = self._settings.template_title
@@ -354,35 +349,31 @@ class Cdcs:
             _log.warning("no_public_workspace", destination=self.name, setting="NX_CDCS_ASSIGN_TO_PUBLIC_WORKSPACE")
         return min(public, default=None)
 
-    def _ok(self, answer: httpx.Response, status: HTTPStatus = HTTPStatus.OK) -> dict[str, Any]:
-        """Return the object of an answer that should have this status."""
-        value = self._value(answer, status)
-        if not isinstance(value, dict):
-            raise Transient(f"CDCS answered something unexpected: {self._http.quote(answer)}", code="no_answer")
-        return value
-
     def _objects(self, answer: httpx.Response) -> list[dict[str, Any]]:
         """Return the objects of an answer that should be a list of them."""
-        value = self._value(answer, HTTPStatus.OK)
+        value = self._ok(answer)
         if not isinstance(value, list) or not all(isinstance(item, dict) and "id" in item for item in value):
             raise Transient(f"CDCS answered something unexpected: {self._http.quote(answer)}", code="no_answer")
         return value
 
-    def _value(self, answer: httpx.Response, status: HTTPStatus) -> Any:
+    def _sha256_of(self, answer: httpx.Response) -> str:
+        """Return the digest of the content in an answer that should be a record."""
+        record = self._ok(answer)
+        sha256 = content_sha256(record) if isinstance(record, dict) else None
+        if sha256 is None:
+            raise Transient(f"CDCS answered no record: {self._http.quote(answer)}", code="no_answer")
+        return sha256
+
+    def _ok(self, answer: httpx.Response) -> Any:
+        """Return the value of an answer that should be a success."""
         if answer.status_code in _AUTHENTICATION:
             raise Misconfigured(f"Could not authenticate to CDCS, check NX_CDCS_TOKEN: {self._http.quote(answer)}")
-        if answer.status_code != status:
+        if answer.status_code != HTTPStatus.OK:
             where = f"{answer.request.method} {answer.request.url.path}"
             raise Misconfigured(
                 f"CDCS answered {answer.status_code} to {where}, check NX_CDCS_URL: {self._http.quote(answer)}"
             )
         return self._http.json_of(answer)
-
-    def _sha256_of(self, record: Mapping[str, Any]) -> str:
-        sha256 = content_sha256(record)
-        if sha256 is None:
-            raise Transient("CDCS answered a record without content", code="no_answer")
-        return sha256
 
     def _url(self, record_id: str | int) -> str:
         return f"{self._base_url}data?id={record_id}"

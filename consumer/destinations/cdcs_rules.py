@@ -1,4 +1,4 @@
-"""What can be said about CDCS without asking it: titles, texts, what its messages mean, what to pick from its lists."""
+"""What can be said about CDCS without asking it: titles, texts, what messages mean, what to pick from lists."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ TITLE_LENGTH = 200
 
 _DIGEST_LENGTH = 16
 _DECLARED = re.compile(r"""\ufeff?<\?xml[^>]*?\sencoding\s*=\s*["']([\w.:-]+)""", re.ASCII)
-_WIDE = re.compile(r"utf-?(16|32)|(iso-10646-)?ucs-?[24]", re.IGNORECASE)
+_WIDE = re.compile(r"utf-?(16|32)(-?[lb]e)?|(iso-10646-)?ucs-?[24]", re.IGNORECASE)
 _REFUSALS = re.compile(
     r"^Element '[^']*'(, attribute '[^']*')?: |This element is not expected|is not a valid value"
     r"|No matching global declaration|, line \d+, column \d+|\(<string>, line \d+\)|entities are disabled"

@@ -43,15 +43,7 @@ _NOT_SENT = (
     aiohttp.ClientHttpProxyError,
     aiohttp.InvalidURL,
 )
-#: Errors whose text holds no address; an address would show the secrets of its query.
-_WITHOUT_ADDRESS = (
-    aiohttp.ClientPayloadError,
-    aiohttp.ClientOSError,
-    aiohttp.ServerDisconnectedError,
-    aiohttp.SocketTimeoutError,
-    httpx.DecodingError,
-    OSError,
-)
+_ADDRESS = re.compile(r"https?://\S+")
 
 _log = get_logger()
 
@@ -330,12 +322,11 @@ def _failure(error: Exception, request: httpx.Request, *, creates: bool) -> Dest
 
 
 def _reason(cause: BaseException) -> str:
-    """Describe an error without the address, which may hold secrets."""
+    """Describe an error without the address, whose query may hold secrets."""
     if isinstance(cause, aiohttp.ConnectionTimeoutError):
         return "no connection in time"
     if isinstance(cause, aiohttp.ClientConnectorError):
         return one_line(cause.os_error.strerror or str(cause.os_error))
-    if isinstance(cause, aiohttp.ClientResponseError):
-        return one_line(f"{type(cause).__name__}: {cause.message}")
-    text = str(cause) if isinstance(cause, _WITHOUT_ADDRESS) else ""
+    text = cause.message if isinstance(cause, aiohttp.ClientResponseError) else str(cause)
+    text = _ADDRESS.sub("...", text)
     return one_line(f"{type(cause).__name__}: {text}" if text else type(cause).__name__)

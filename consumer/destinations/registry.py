@@ -10,13 +10,13 @@ import pkgutil
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 import consumer.destinations as built_in_folder
 from consumer.config import Environment, LaneSettings
@@ -119,8 +119,12 @@ def _candidates(folder: Path | None) -> Iterator[tuple[str, type | str]]:
     """Yield (origin, class) of everything that looks like a destination, or (origin, problem)."""
     for module in pkgutil.iter_modules(built_in_folder.__path__):
         if module.name not in _NOT_PLUGINS:
-            name = f"{built_in_folder.__name__}.{module.name}"
-            yield from _classes(f"built-in {module.name}", importlib.import_module(name))
+            origin, name = f"built-in {module.name}", f"{built_in_folder.__name__}.{module.name}"
+            loaded = _guarded(lambda name=name: importlib.import_module(name))
+            if isinstance(loaded, _Failure):
+                yield origin, f"cannot be loaded: {loaded.message}"
+            else:
+                yield from _classes(origin, loaded)
     for entry in entry_points(group=ENTRY_POINTS):
         origin = f"entry point {entry.name} ({entry.value})"
         loaded = _guarded(entry.load)
@@ -178,51 +182,65 @@ def _guarded(call: Any) -> Any:
     """Run foreign code; whatever it raises becomes a value."""
     try:
         return call()
-    except Exception as error:  # noqa: BLE001 - a foreign plugin may raise anything and must take nobody down
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a foreign plugin may raise anything
         return _Failure(f"{type(error).__name__}: {error}")
 
 
 def _build(found: type, origin: str, environment: Environment) -> Registered | str:
     """Make an instance and check the contract; a text says why not."""
-    missing = [part for part in _PARTS if not hasattr(found, part) and part not in inspect.get_annotations(found)]
-    if not callable(found):
+    if not inspect.isclass(found):
         return "is no class"
     settings_model = getattr(found, "Settings", None)
-    prefix = f"NX_{str(getattr(found, 'name', found.__name__)).upper()}_"
-    try:
-        lane_settings = environment.read(LaneSettings, prefix)
-        arguments: tuple[Any, ...] = ()
-        if inspect.isclass(settings_model) and issubclass(settings_model, BaseModel):
+    arguments: tuple[Any, ...] = ()
+    if inspect.isclass(settings_model) and issubclass(settings_model, BaseModel):
+        prefix = f"NX_{str(getattr(found, 'name', found.__name__)).upper()}_"
+        try:
             arguments = (environment.read(settings_model, prefix),)
-    except ConfigurationError as error:
-        return str(error)
+        except ConfigurationError as error:
+            return str(error)
     plugin = _guarded(lambda: found(*arguments))
     if isinstance(plugin, _Failure):
         return f"cannot be built: {plugin.message}"
-    missing = [part for part in _PARTS if not hasattr(plugin, part)]
+    # hasattr would run a property, which may raise
+    absent = object()
+    missing = [part for part in _PARTS if inspect.getattr_static(plugin, part, absent) is absent]
     if missing:
         return f"{found.__name__} lacks {', '.join(missing)}"
-    return _registered(plugin, origin, lane_settings)
+    registered = _guarded(lambda: _registered(plugin, origin, environment))
+    return f"cannot be used: {registered.message}" if isinstance(registered, _Failure) else registered
 
 
-def _registered(plugin: Any, origin: str, given: LaneSettings) -> Registered | str:
+def _registered(plugin: Any, origin: str, environment: Environment) -> Registered | str:
     name, priority = plugin.name, plugin.priority
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         return f"name {name!r} must be lower-case letters, digits and _ (at most 100), starting with a letter"
     if not isinstance(priority, int) or not 0 <= priority <= 1000:  # noqa: PLR2004 - the bounds of the contract
         return f"{name}: priority {priority!r} must be a whole number from 0 to 1000"
+    try:
+        lane = _lane(plugin, environment.read(LaneSettings, f"NX_{name.upper()}_"))
+    except ConfigurationError as error:
+        return str(error)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        return f"{name}: {'.'.join(str(part) for part in first['loc'])} of the class: {first['msg']}"
     enabled = _guarded(lambda: bool(plugin.enabled))
     reason = "" if enabled is True else _why_disabled(plugin, enabled)
     return Registered(
         name=name,
         priority=priority,
         plugin=plugin,
-        lane=_lane(plugin, given),
+        lane=lane,
         origin=origin,
-        links_to=tuple(getattr(plugin, "links_to", ())),
-        depends_on=tuple(getattr(plugin, "depends_on", ())),
+        links_to=_names(plugin, "links_to"),
+        depends_on=_names(plugin, "depends_on"),
         disabled_because=reason,
     )
+
+
+def _names(plugin: Any, attribute: str) -> tuple[str, ...]:
+    """Return declared names; one name alone may be given without a tuple."""
+    value = getattr(plugin, attribute, None) or ()
+    return (value,) if isinstance(value, str) else tuple(str(name) for name in value)
 
 
 def _why_disabled(plugin: Any, enabled: Any) -> str:
@@ -235,19 +253,12 @@ def _why_disabled(plugin: Any, enabled: Any) -> str:
 def _lane(plugin: Any, given: LaneSettings) -> Lane:
     limits = getattr(plugin, "limits", None)
     limits = limits if isinstance(limits, Limits) else Limits()
-    timeout = getattr(plugin, "timeout_seconds", DEFAULT_TIMEOUT_SECONDS)
-    settle = getattr(plugin, "settle_seconds", DEFAULT_SETTLE_SECONDS)
-
-    def choose(first: float | None, second: float) -> float:
-        return second if first is None else first
-
-    return Lane(
-        concurrency=int(choose(given.concurrency, limits.concurrency)),
-        min_interval_seconds=choose(given.min_interval_seconds, limits.min_interval_seconds),
-        timeout_seconds=float(choose(given.timeout_seconds, timeout)),
-        settle_seconds=float(choose(given.settle_seconds, settle)),
-        max_attempts=int(choose(given.max_attempts, limits.max_attempts)),
-    )
+    declared = asdict(limits)
+    for part, default in (("timeout_seconds", DEFAULT_TIMEOUT_SECONDS), ("settle_seconds", DEFAULT_SETTLE_SECONDS)):
+        value = getattr(plugin, part, None)
+        declared[part] = default if value is None else value
+    # what a class declares is held to the same bounds as what a setting says
+    return Lane(**{**LaneSettings(**declared).model_dump(), **given.model_dump(exclude_none=True)})
 
 
 def _check_order(known: Mapping[str, Registered]) -> None:

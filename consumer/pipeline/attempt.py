@@ -9,12 +9,15 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from pydantic_core import from_json, to_json
 
 from consumer.destinations.contract import (
     Absent,
+    Action,
     Answer,
     ExportContext,
     ExportResult,
@@ -24,11 +27,15 @@ from consumer.destinations.contract import (
     Unsure,
 )
 from consumer.destinations.registry import Registered
-from consumer.errors import DestinationError, Transient, UnknownOutcome
+from consumer.errors import DestinationError, RecordRefused, Transient, UnknownOutcome
 from consumer.events import Activity, DestinationResult, job_id, restore_built
+from consumer.pipeline.files import safe_parts
 from consumer.pipeline.retry import Ending
 from consumer.store.rows import Claim, StepRow, StepState
 from consumer.telemetry import get_logger
+
+#: Longest ``code`` of an error that the store takes.
+CODE_LENGTH = 64
 
 _log = get_logger()
 
@@ -62,14 +69,13 @@ class Caller:
     async def export(self, context: ExportContext) -> Ending | Declined:
         """Run ``accepts`` and ``export``; every ending is a value, ``CancelledError`` passes."""
         accepts = getattr(self.destination.plugin, "accepts", None)
+        ends_at = self._ends_at()  # one time limit for both, since the lease holds no longer
         try:
-            if accepts is not None and not await self._call(accepts, context):
+            if accepts is not None and not await self._call(ends_at, accepts, context):
                 return Declined()
-            result = await self._call(self.destination.plugin.export, context)
-        except Exception as error:  # noqa: BLE001 - a foreign plugin may raise anything
+            result = await self._call(ends_at, self.destination.plugin.export, context)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a foreign plugin may raise anything
             return self._ending(error)
-        if isinstance(result, ExportResult):
-            return result
         if all(hasattr(result, name) for name in ("success", "record_id", "record_url", "error_message")):
             return _converted(result, self.destination.name)
         return UnknownOutcome(
@@ -79,38 +85,49 @@ class Caller:
     async def verify(self, context: ExportContext) -> Answer | DestinationError:
         """Ask whether the record is there; every failure to answer is ``Unsure`` or an error value."""
         try:
-            answer = await self._call(self.destination.plugin.verify, context)
+            answer = await self._call(self._ends_at(), self.destination.plugin.verify, context)
         except DestinationError as error:
-            return error
-        except Exception as error:  # noqa: BLE001 - a foreign plugin may raise anything
+            return _storable_error(error)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a foreign plugin may raise anything
             self._raise_if_lost(error)
-            return Unsure(f"{type(error).__name__}: {error}")
-        known = Present | Partial | Absent | Unsure
-        return answer if isinstance(answer, known) else Unsure(f"verify returned {type(answer).__name__}")
+            return Unsure(self._described(error))
+        if isinstance(answer, Present):
+            return Present(storable(answer.id) or "", storable(answer.url))
+        if isinstance(answer, Partial):
+            return Partial(storable(answer.id) or "")
+        if isinstance(answer, Unsure):
+            return Unsure(storable(answer.reason) or "")
+        return answer if isinstance(answer, Absent) else Unsure(f"verify returned {type(answer).__name__}")
 
     async def validate(self) -> str | None:
         """Run ``validate_config``; returns what is wrong, or None."""
         try:
-            answer = await self._call(self.destination.plugin.validate_config)
-        except Exception as error:  # noqa: BLE001 - a foreign plugin may raise anything
-            return f"{type(error).__name__}: {error}"
+            answer = await self._call(self._ends_at(), self.destination.plugin.validate_config)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a foreign plugin may raise anything
+            return self._described(error)
         valid, message = answer if isinstance(answer, tuple) and len(answer) == 2 else (bool(answer), None)  # noqa: PLR2004
-        return None if valid else str(message or "validate_config said no without a reason")
+        return None if valid else storable(message or "validate_config said no without a reason")
 
-    async def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        seconds = self.destination.lane.timeout_seconds
+    def _ends_at(self) -> float:
+        return asyncio.get_running_loop().time() + self.destination.lane.timeout_seconds
+
+    async def _call(self, ends_at: float, function: Callable[..., Any], *arguments: Any) -> Any:
         if inspect.iscoroutinefunction(function):
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout_at(ends_at):
                 return await function(*arguments)
-        future = asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
-        done, _ = await asyncio.wait({future}, timeout=seconds)
+        work = self._threads.submit(_in_thread, function, arguments)
+        future = asyncio.wrap_future(work)
+        left = ends_at - asyncio.get_running_loop().time()
+        done, _ = await asyncio.wait({future}, timeout=max(0.0, left))
         if not done:
+            if work.cancel():  # else it would run late, outside of its lease
+                raise Transient("no thread was free for it", code="busy")
             self.hung.add(future)
             future.add_done_callback(self._ended_late)
             raise TimeoutError
         result = future.result()
         if inspect.isawaitable(result):
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout_at(ends_at):
                 return await result
         return result
 
@@ -119,35 +136,73 @@ class Caller:
         if not future.cancelled() and future.exception() is not None:
             _log.info("late_attempt_ended", destination=self.destination.name, error=str(future.exception()))
 
-    def _ending(self, error: Exception) -> Ending:
+    def _ending(self, error: BaseException) -> Ending:
         self._raise_if_lost(error)
         if isinstance(error, DestinationError):
-            return error
+            return _storable_error(error)
+        text = self._described(error)
         if isinstance(error, TimeoutError):
-            seconds = self.destination.lane.timeout_seconds
-            return UnknownOutcome(f"no answer within {seconds:g} s", code="timeout")
-        text = f"{type(error).__name__}: {error}"
+            return UnknownOutcome(text, code="timeout")
         if isinstance(error, ConnectionRefusedError | socket.gaierror):
             return Transient(text, code="cannot_connect")
         # whatever it was, a request may have left before it
         return UnknownOutcome(text, code="plugin_error")
 
+    def _described(self, error: BaseException) -> str:
+        if isinstance(error, TimeoutError):
+            return f"no answer within {self.destination.lane.timeout_seconds:g} s"
+        return storable(f"{type(error).__name__}: {error}") or ""
+
     @staticmethod
-    def _raise_if_lost(error: Exception) -> None:
+    def _raise_if_lost(error: BaseException) -> None:
         if isinstance(error, LeaseLostError):
             raise error
 
 
+def _in_thread(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Call a plain function; a StopIteration cannot pass a future, which would then never be done."""
+    try:
+        return function(*arguments)
+    except StopIteration as error:
+        message = f"StopIteration: {error}"
+        raise RuntimeError(message) from error
+
+
+def storable(value: Any) -> str | None:
+    """Return a plugin's value as text that every database and event can hold: no NUL, no lone surrogates."""
+    if value is None:
+        return None
+    return str(value).replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
+
+
+def _storable_error(error: DestinationError) -> DestinationError:
+    error.args = (storable(error),)
+    error.code = (storable(error.code) or "")[:CODE_LENGTH]
+    return error
+
+
 def _converted(result: Any, name: str) -> ExportResult:
-    """Take the result object of a plugin that was written for NexusLIMS."""
+    """Take what a plugin returned as the store and the outcome can hold it; it may be written for NexusLIMS."""
+    action, timestamp = getattr(result, "action", None), getattr(result, "timestamp", None)
     return ExportResult(
         success=bool(result.success),
         destination_name=name,
-        record_id=None if result.record_id is None else str(result.record_id),
-        record_url=result.record_url,
-        error_message=result.error_message,
-        metadata=dict(getattr(result, "metadata", None) or {}),
+        record_id=storable(result.record_id),
+        record_url=storable(result.record_url),
+        error_message=storable(result.error_message),
+        timestamp=timestamp if isinstance(timestamp, datetime) else datetime.now(UTC),
+        metadata=_json_object(getattr(result, "metadata", None)),
+        action=action if action in get_args(Action) else None,
+        stored_sha256=storable(getattr(result, "stored_sha256", None)),
     )
+
+
+def _json_object(value: Any) -> dict[str, Any]:
+    try:
+        found = from_json(to_json(value, fallback=str, inf_nan_mode="null"))
+    except Exception as error:  # noqa: BLE001 - a foreign object may raise anything where it is read
+        return {"unreadable": type(error).__name__}
+    return found if isinstance(found, dict) else {}
 
 
 def build_context(
@@ -234,11 +289,18 @@ def _below(root: Path | None, name: str | None) -> Path | None:
     """Return a preview's path if it is a real file inside its root, else None with a warning."""
     if root is None or not name:
         return None
-    path = root / name
-    inside = not Path(name).is_absolute() and path.resolve().is_relative_to(root.resolve())
-    if inside and path.is_file():
-        return path
-    _log.warning("preview_skipped", preview=name, reason="missing, or not inside NX_DATA_PATH")
+    path = root
+    try:
+        for part in safe_parts(name):
+            path /= part
+            if path.is_symlink():
+                break
+        else:
+            if path.is_file():
+                return path
+    except (RecordRefused, OSError):
+        pass
+    _log.warning("preview_skipped", preview=name, reason="missing, a link, or not inside NX_DATA_PATH")
     return None
 
 

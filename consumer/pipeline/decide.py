@@ -136,7 +136,7 @@ def _reaches(edges: Mapping[str, set[str]], start: str, goal: str) -> bool:
 def _turn_is_over(step: StepView, lanes: Mapping[str, LaneState]) -> bool:
     if step.state.terminal or _held(step, lanes):
         return True
-    return step.state is StepState.UNSETTLED or (step.state is StepState.DUE and step.attempts > 0)
+    return step.state is StepState.UNSETTLED or step.attempts > 0
 
 
 def _held(step: StepView, lanes: Mapping[str, LaneState]) -> bool:
@@ -183,19 +183,17 @@ def _first_success_moves(
         waiting = [step for step in steps if step.state in {StepState.BLOCKED, StepState.DUE}]
         reason = "another destination succeeded"
         return [Move(step.name, StepState.SKIPPED, None, reason) for step in waiting], None
-    again_at: datetime | None = None
+    if any(step.state.in_flight for step in steps):
+        return [], None
     for step in in_order(steps):
         if step.state is StepState.BLOCKED:
             return [_first_success_start(step)], None
-        if step.state.in_flight:
-            return [], None
         if step.state is StepState.DUE and not _held(step, lanes):
             since = step.due_since or now
             ready_at = since + timedelta(seconds=PATIENCE_SECONDS)
             if now < ready_at:
                 return [], ready_at
-            again_at = None
-    return [], again_at
+    return [], None
 
 
 def _first_success_start(step: StepView) -> Move:

@@ -8,9 +8,18 @@ from datetime import datetime
 
 from consumer.destinations.contract import Absent, Answer, ExportResult, Partial, Present
 from consumer.destinations.registry import Registered
-from consumer.errors import DestinationError, UnknownOutcome
+from consumer.errors import DestinationError
 from consumer.pipeline.attempt import step_result, stored_result
-from consumer.pipeline.retry import Facts, Policy, Verdict, judge, next_probe, still_unknown, surely_absent
+from consumer.pipeline.retry import (
+    Facts,
+    Policy,
+    Verdict,
+    judge,
+    look_up_failed,
+    next_probe,
+    still_unknown,
+    surely_absent,
+)
 from consumer.store.rows import AttemptEnd, Claim, CopyChange, LaneChange, LaneState, LogEntry, StepChange, StepState
 
 
@@ -59,7 +68,7 @@ class Endings:
         now = self._clock()
         if isinstance(answer, Present):
             return self._found(claim, answer, now, started)
-        if isinstance(answer, DestinationError) and not isinstance(answer, UnknownOutcome):
+        if isinstance(answer, DestinationError):
             return self._raised(claim, destination, answer, started)
         facts, policy = _facts(claim, now, counts=False), self._policy(destination)
         if isinstance(answer, Partial):
@@ -69,8 +78,7 @@ class Endings:
         if isinstance(answer, Absent):
             verdict = surely_absent(facts, policy, claim.step.last_request_at or now, self._draw)
         else:
-            reason = str(answer) if isinstance(answer, UnknownOutcome) else answer.reason
-            verdict = still_unknown(facts, policy, self._draw, reason or "the look-up gave no answer")
+            verdict = still_unknown(facts, policy, self._draw, answer.reason or "the look-up gave no answer")
         return AttemptEnd(claim, _change(claim, verdict, looked_up=True), None)
 
     def _found(self, claim: Claim, answer: Present, now: datetime, started: float) -> AttemptEnd:
@@ -86,10 +94,15 @@ class Endings:
         return AttemptEnd(claim, replace(_change(claim, verdict, looked_up=True), result=result), log, copy)
 
     def _raised(self, claim: Claim, destination: Registered, error: DestinationError, started: float) -> AttemptEnd:
-        """Judge a look-up that raised: a paused lane or a wait leave the outcome as unknown as it was."""
-        end = self.of_attempt(claim, destination, error, started)
-        state = StepState.UNSETTLED if end.step.state is StepState.DUE else end.step.state
-        return replace(end, step=replace(end.step, state=state, counts=False, looked_up=True))
+        """Judge a look-up that raised; it is no attempt, so it is logged only where it ends the step."""
+        now = self._clock()
+        verdict = look_up_failed(error, _facts(claim, now, counts=False), self._policy(destination), self._draw)
+        log = None
+        if verdict.state is StepState.FAILED:
+            log = replace(_log_entry(claim, now, started, verdict), purpose="verify", attempt=claim.step.attempts)
+        result = {"next_action": verdict.next_action, "timestamp": now.isoformat()}
+        change = replace(_change(claim, verdict, looked_up=True), result=result)
+        return AttemptEnd(claim, change, log, None, _lane_change(destination, verdict, now))
 
     def _policy(self, destination: Registered) -> Policy:
         return Policy(

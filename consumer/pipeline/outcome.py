@@ -53,16 +53,18 @@ def _result(step: StepRow) -> DestinationResult:
         record_url=known.get("record_url") if done else None,
         error_code=None if done else (step.error_code or (step.state if step.state.terminal else None)),
         error_message=None if done else step.reason,
-        next_action=known.get("next_action") or _next_action(step),
+        next_action=_next_action(step, known.get("next_action")),
         attempts=step.attempts,
         timestamp=known.get("timestamp"),
         metadata=known.get("metadata") or {},
     )
 
 
-def _next_action(step: StepRow) -> Any:
+def _next_action(step: StepRow, advised: str | None) -> Any:
     if step.state in {StepState.DONE, StepState.SKIPPED, StepState.SUPERSEDED}:
         return "none"
+    if advised and advised != "none":  # an attempt that was to be repeated advised nothing, but there is no other
+        return advised
     code = step.error_code or ""
     if code in {"unknown_destination", "unknown_strategy"}:
         return "fix_config"
@@ -107,7 +109,7 @@ def messages_of(
     body = outcome_body(outcome, event_id=message_id, source=names.source, time=now, traceparent=event.traceparent)
     found = [Message("outcome", message_id, names.exchange, outcome_type(outcome), body, job_id=job.id)]
     if answer is None and job.state is JobState.FAILED:
-        first = next((result for result in outcome.results if result.error_code), None)
+        first = next((r for r in outcome.results if r.error_code and not r.skipped), None)
         code = first.error_code if first else outcome.error_code
         text = first.error_message if first else outcome.error_message
         found.append(

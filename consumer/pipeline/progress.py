@@ -92,7 +92,7 @@ class Progress:
                     for step in before
                 )  # fmt: skip
                 ended.append(Ended(replace(job, state=decision.job), after))
-            elif decision.again_at is not None or moved:
+            elif decision.again_at is not None:
                 again.append((job.id, decision.again_at))
         await steps.move_steps(connection, changes)
         await jobs.decide_later(connection, again)

@@ -3,8 +3,9 @@
 Full jitter after https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/ .
 """
 
+import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 from consumer.destinations.contract import ExportResult
@@ -101,6 +102,17 @@ def still_unknown(facts: Facts, policy: Policy, draw: random.Random, message: st
     )  # fmt: skip
 
 
+def look_up_failed(error: DestinationError, facts: Facts, policy: Policy, draw: random.Random) -> Verdict:
+    """Judge a look-up that raised: unless it was refused for good, the outcome is as unknown as it was."""
+    if isinstance(error, Permanent):
+        return Verdict(StepState.FAILED, error.code, str(error), next_action=_advice(error.code), counts=False)
+    verdict = still_unknown(facts, policy, draw, str(error))
+    if isinstance(error, Misconfigured):
+        action = "fix_config" if verdict.state is StepState.UNSETTLED else verdict.next_action
+        return replace(verdict, next_action=action, pause=True)
+    return _not_before(verdict, _wished(error, facts.now, policy))
+
+
 def surely_absent(facts: Facts, policy: Policy, last_request_at: datetime, draw: random.Random) -> Verdict:
     """After a look-up that found nothing: a new create is allowed only H after the last request can have left."""
     settled_at = last_request_at + timedelta(seconds=policy.settle_seconds)
@@ -139,20 +151,32 @@ def _paused(error: Misconfigured, facts: Facts, policy: Policy) -> Verdict:
 
 
 def _unknown(error: UnknownOutcome, facts: Facts, policy: Policy, draw: random.Random) -> Verdict:
+    wished = _wished(error, facts.now, policy)
     if policy.can_verify:
         verdict = still_unknown(facts, policy, draw, str(error))
-        return Verdict(verdict.state, error.code, verdict.message, verdict.next_attempt_at, verdict.next_action)
+        return _not_before(replace(verdict, error_code=error.code, counts=True), wished)
     message = f"{error} (this destination cannot be asked whether the record arrived)"
-    return Verdict(StepState.UNCERTAIN, error.code, message, next_action="replay")
+    return Verdict(StepState.UNCERTAIN, error.code, message, next_action="replay", not_before=wished)
 
 
-def _wished(error: Transient, now: datetime, policy: Policy) -> datetime | None:
-    """Take the server's wish, but never a longer one than the longest wait configured."""
-    wish = error.retry_after
-    if wish is None:
+def _not_before(verdict: Verdict, wished: datetime | None) -> Verdict:
+    """Let a look-up, like all work of its destination, wait as long as the destination asks for."""
+    at = verdict.next_attempt_at
+    return replace(verdict, next_attempt_at=max(at, wished) if at and wished else at, not_before=wished)
+
+
+def _wished(error: DestinationError, now: datetime, policy: Policy) -> datetime | None:
+    """Take the server's wish, but never a longer one than the longest wait configured.
+
+    A plugin may give anything; what is no time is no wish.
+    """
+    wish = getattr(error, "retry_after", None)
+    if isinstance(wish, datetime):
+        wish = (wish if wish.tzinfo else wish.astimezone()) - now
+        wish = wish.total_seconds()
+    if not isinstance(wish, int | float) or math.isnan(wish):
         return None
-    at = wish if isinstance(wish, datetime) else now + timedelta(seconds=max(0.0, wish))
-    return min(at, now + timedelta(seconds=policy.max_wait_seconds))
+    return now + timedelta(seconds=min(max(0.0, wish), policy.max_wait_seconds))
 
 
 def _waited_too_long(facts: Facts, policy: Policy) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from lxml import etree
 
 from consumer.errors import ConfigurationError, RecordError, RecordNotThereYet, RecordRefused, RecordsRootMissing
-from consumer.events import INLINE_LIMIT_BYTES, RecordBuilt, RecordByPath, RecordInline
+from consumer.events import INLINE_LIMIT_BYTES, RecordBuilt, RecordByPath, RecordInline, read_moment
 from consumer.pipeline.files import read_below, safe_parts
 
 NAMESPACE = "https://data.nist.gov/od/dm/nexus/experiment/v1.0"
@@ -143,8 +143,9 @@ class SnapshotReader:
             return parts[-1], read_below(self._root, parts, self._limit)
         except RecordNotThereYet as missing:
             # NexusLIMS moves a record there once it counts it as exported
-            for moved in {("uploaded", parts[-1]), (*parts[:-1], "uploaded", parts[-1])}:
-                with suppress(RecordNotThereYet):
+            # (a link or folder of that name refuses nothing: the record itself may still come)
+            for moved in dict.fromkeys([("uploaded", parts[-1]), (*parts[:-1], "uploaded", parts[-1])]):
+                with suppress(RecordNotThereYet, RecordRefused):
                     return parts[-1], read_below(self._root, moved, self._limit)
             raise missing from None
 
@@ -215,11 +216,10 @@ def facts(root: Any) -> dict[str, Any]:
 
 
 def _moment(text: str | None) -> str | None:
-    """Normalise an xs:dateTime; one without a zone is taken as UTC."""
-    if not text:
-        return None
+    """Normalise an xs:dateTime; one without a zone is taken as UTC, one that no event can hold is left out."""
     try:
-        value = datetime.fromisoformat(text.strip())
+        value = datetime.fromisoformat((text or "").strip())
+        aware = value if value.tzinfo else value.replace(tzinfo=UTC)
+        return read_moment(aware.isoformat()).isoformat()
     except ValueError:
         return None
-    return (value if value.tzinfo else value.replace(tzinfo=UTC)).isoformat()

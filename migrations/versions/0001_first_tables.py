@@ -60,7 +60,6 @@ def jobs() -> None:
         sa.Column("finished_at", moment()),
     )
     op.create_index("ix_jobs_session", "jobs", ["session"])
-    op.create_index("ix_jobs_state_received_at", "jobs", ["state", "received_at"])
     for column in ("superseded_by", "snapshot_due_at", "decide_at"):
         partial_index(f"ix_jobs_{column}", "jobs", [column], f"{column} IS NOT NULL")
 
@@ -83,10 +82,10 @@ def steps() -> None:
         sa.Column("error_code", sa.String(64)),
         sa.Column("reason", sa.Text),
         sa.Column("result", sa.Text),
+        sqlite_with_rowid=False,
     )
     where = "state IN ('due', 'running', 'unsettled')"
     partial_index("ix_steps_open", "steps", ["destination", "state", "next_attempt_at"], where)
-    op.create_index("ix_steps_session", "steps", ["session"])
 
 
 def copies_and_lanes() -> None:
@@ -106,6 +105,7 @@ def copies_and_lanes() -> None:
         sa.Column("holder", sa.String(36)),
         sa.Column("owner", sa.String(100)),
         sa.Column("lease_until", moment()),
+        sqlite_with_rowid=False,
     )
     op.create_table(
         "lanes",
@@ -139,7 +139,6 @@ def outbox() -> None:
         sqlite_autoincrement=True,
     )
     partial_index("ix_outbox_unsent", "outbox", ["seq"], "sent_at IS NULL")
-    op.create_index("ix_outbox_job_id", "outbox", ["job_id"])
 
 
 def upload_log() -> None:
