@@ -24,7 +24,7 @@ from consumer.telemetry import get_logger
 
 WORK_QUEUE = "nexuslims.export"
 DEAD_QUEUE = "nexuslims.export.dead"
-PREFETCH = 256
+PREFETCH = 512
 CONFIRM_SECONDS = 15.0
 CONNECT_SECONDS = 10.0
 RECONNECT_MAX_SECONDS = 5.0
@@ -245,6 +245,11 @@ async def connect(url: str, name: str) -> aio_pika.abc.AbstractConnection:
         return await aio_pika.connect(
             url, timeout=CONNECT_SECONDS, client_properties={"connection_name": name}, heartbeat=20
         )
+    except aiormq.exceptions.InvalidFrameError as error:
+        if "Connection.OpenOk" not in str(error):
+            raise
+        # aiormq loses the broker's own words: it closed the connection instead of opening the virtual host
+        raise aiormq.exceptions.ConnectionNotAllowed(urlsplit(url).path.lstrip("/") or "/") from None
     except ValueError as error:
         message = f"NX_AMQP_URL is not an AMQP address (amqp://user:password@host/): {error}"
         raise ConfigurationError(message) from None

@@ -32,6 +32,7 @@ from pydantic import (
 )
 from pydantic_core import from_json, to_json
 
+from consumer.cloudevents import readable, refuse_unstorable, structured_document
 from consumer.errors import PoisonEventError
 
 BUILT = "record.built"
@@ -43,8 +44,6 @@ INLINE_LIMIT_BYTES = 1024 * 1024
 REPLAY_HEADER = "nexus-replay-of"
 
 _CACHED_TEXT = 8192
-_PREFIXES = ("cloudEvents_", "cloudEvents:")
-_ATTRIBUTES = ("id", "source", "type", "specversion", "subject", "time", "dataschema", "traceparent")
 
 
 def _only_text(value: Any) -> Any:
@@ -220,6 +219,7 @@ class BuiltEvent:
         return job_id(self.source, self.id)
 
 
+@lru_cache(maxsize=4096)
 def job_id(source: str, event_id: str) -> uuid.UUID:
     """Name the job of an event: uuid5 of the event id in the namespace of its source."""
     return uuid.uuid5(_namespace(source), event_id)
@@ -240,15 +240,15 @@ def parse_built(body: bytes, *, content_type: str | None, headers: Mapping[str, 
 
     Raises ``PoisonEventError`` with a code and a sentence that says what is wrong and where.
     """
-    document, structured = _structured(body, content_type, headers)
-    known = _readable(document)
+    document, structured = structured_document(body, content_type, headers)
+    known = readable(document)
     try:
         envelope = Envelope.model_validate(document)
     except ValidationError as error:
         raise PoisonEventError("not_cloudevent", _sentence(error), **known) from None
     if envelope.type != BUILT:
         raise PoisonEventError("unknown_type", f"type is {envelope.type!r}; this queue takes {BUILT!r}", **known)
-    _refuse_unstorable(body if structured else None, document, known)
+    refuse_unstorable(body if structured else None, document, known)
     try:
         data = RecordBuilt.model_validate(document.get("data"))
     except ValidationError as error:
@@ -295,79 +295,6 @@ def _restore(text: str) -> BuiltEvent:
 
 
 _restore_cached = lru_cache(maxsize=2048)(_restore)
-
-
-def _structured(body: bytes, content_type: str | None, headers: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """Bring both content modes into one structured document; tells whether it came as one."""
-    try:
-        document = from_json(body, allow_inf_nan=False, cache_strings="keys")
-    except ValueError as error:
-        raise PoisonEventError("not_json", f"the body is not JSON: {error}", **_readable_headers(headers)) from None
-    if isinstance(document, dict) and "specversion" in document:
-        return document, True
-    attributes = _header_attributes(headers)
-    if attributes and not (content_type or "").startswith("application/cloudevents"):
-        return {**attributes, "data": document}, False
-    known = _readable(document) if isinstance(document, dict) else {}
-    raise PoisonEventError(
-        "not_cloudevent",
-        "neither a JSON object with specversion nor a message with cloudEvents_ headers",
-        **{**known, "session": known.get("session") or _session(document)},
-    )
-
-
-def _header_attributes(headers: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for prefix in _PREFIXES:
-        for name in _ATTRIBUTES:
-            value = headers.get(prefix + name)
-            if value is not None:
-                found[name] = value.isoformat() if isinstance(value, datetime) else value
-    return found
-
-
-def _readable_headers(headers: Mapping[str, Any]) -> dict[str, str | None]:
-    return _readable({**_header_attributes(headers)})
-
-
-def _readable(document: Mapping[str, Any]) -> dict[str, str | None]:
-    """Collect what can be told to the builder even if the event is refused."""
-
-    def text(value: Any) -> str | None:
-        usable = isinstance(value, str) and 0 < len(value) <= 1024 and "\0" not in value  # noqa: PLR2004
-        return value if usable else None
-
-    session = _session(document.get("data")) or text(document.get("subject"))
-    return {
-        "source": text(document.get("source")),
-        "event_id": text(document.get("id")),
-        "session": session,
-    }
-
-
-def _session(data: Any) -> str | None:
-    value = data.get("session_identifier") if isinstance(data, Mapping) else None
-    return value if isinstance(value, str) and 0 < len(value) <= 255 and "\0" not in value else None  # noqa: PLR2004
-
-
-def _refuse_unstorable(body: bytes | None, document: Any, known: dict[str, str | None]) -> None:
-    """NUL cannot be stored in PostgreSQL nor sent in XML; a lone surrogate cannot be encoded at all.
-
-    The JSON reader refuses lone surrogates itself; NUL can only come as an escape, so most bodies need no walk.
-    ``body`` is None in binary mode, where headers may hold one too.
-    """
-    if body is not None and b"\\u0000" not in body:
-        return
-    stack = [document]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, str) and "\0" in value:
-            raise PoisonEventError("invalid_text", "a text holds a NUL character", **known)
-        if isinstance(value, Mapping):
-            stack.extend(value.keys())
-            stack.extend(value.values())
-        elif isinstance(value, list):
-            stack.extend(value)
 
 
 def _sentence(error: ValidationError, root: str | None = None) -> str:

@@ -60,7 +60,7 @@ def read_setup() -> Setup:
 
 def _logging(found: Settings, *, quiet: bool = False) -> None:
     level = "WARNING" if quiet and found.log_level == "INFO" else found.log_level
-    configure_logging(level=level, style=found.log_format, folder=None if quiet else found.log_path)
+    configure_logging(level=level, style=found.log_format, folder=None if quiet else found.log_path, quiet=quiet)
 
 
 def _run(work: Callable[[Setup], Awaitable[int]], *, quiet: bool = True) -> None:

@@ -10,11 +10,12 @@ import structlog
 get_logger = structlog.get_logger
 
 
-def configure_logging(*, level: str, style: str, folder: Path | None = None) -> None:
+def configure_logging(*, level: str, style: str, folder: Path | None = None, quiet: bool = False) -> None:
     """Send structured logs to standard error and, if a folder is given, to ``nexus-export.log`` in it.
 
     ``style`` is ``json``, ``console`` or ``auto`` (console at a terminal). Our own events are written straight
-    away; only what libraries log goes through the slower standard handlers.
+    away; only what libraries log goes through the slower standard handlers. ``quiet``: a command that tells
+    failures itself, so libraries say nothing.
     """
     console = style == "console" or (style == "auto" and sys.stderr.isatty())
     shared: list[Any] = [
@@ -37,7 +38,8 @@ def configure_logging(*, level: str, style: str, folder: Path | None = None) -> 
         handler.setFormatter(formatter)
     logging.basicConfig(level=level, handlers=handlers, force=True)
     for noisy in ("aiormq", "aio_pika", "httpx", "alembic", "asyncio"):
-        logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLevelName(level)))
+        lowest = logging.CRITICAL if quiet else logging.WARNING
+        logging.getLogger(noisy).setLevel(max(lowest, logging.getLevelName(level)))
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),

@@ -286,8 +286,7 @@ def _frame(session: _Session, *, brief: bool) -> tuple[str, str]:
     if not brief:
         elements = "".join(f"<{symbol}/>" for symbol in specimen.elements.split())
         after += (
-            f"    <description>{escape(specimen.description)}</description>\n"
-            f"    <elements>{elements}</elements>\n"
+            f"    <description>{escape(specimen.description)}</description>\n    <elements>{elements}</elements>\n"
         )
     after += f"  </sample>\n  <project>\n    <name>{project}</name>\n"
     if not brief:
@@ -318,9 +317,7 @@ def _activities(session: _Session, rng: random.Random, room: int, *, brief: bool
         yield _ACTIVITY_END
 
 
-def _activity_start(
-    session: _Session, rng: random.Random, seqno: int, progress: float, *, brief: bool
-) -> bytes:
+def _activity_start(session: _Session, rng: random.Random, seqno: int, progress: float, *, brief: bool) -> bytes:
     """Open an activity that begins when that share of the session is over."""
     start = session.start + (session.end - session.start) * progress
     setup = session.instrument.setup[: 1 if brief else None]

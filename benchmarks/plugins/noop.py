@@ -9,7 +9,7 @@ class Noop:
     name = "noop"
     priority = 50
     enabled = True
-    limits = nexus_export.Limits(concurrency=128)
+    limits = nexus_export.Limits(concurrency=256)
 
     def validate_config(self) -> tuple[bool, str | None]:
         """Need nothing."""

@@ -28,6 +28,8 @@ async def publish(
             for event in built:
                 await client.publish(event.body, event.event_id)
                 bar.advance(task)
+        if wait_seconds is not None and not as_json:
+            console.say(f"{len(built)} published, waiting for their outcomes")
         if wait_seconds is not None:
             outcomes = await _outcomes(client, built, wait_seconds, as_json=as_json)
     missing = len(built) - len(outcomes) if wait_seconds is not None else 0

@@ -9,7 +9,7 @@ import functools
 import re
 import ssl
 import urllib.request
-from collections.abc import Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -34,6 +34,7 @@ MAX_BODY_BYTES = 64 * 1024**2
 QUOTE_LENGTH = 300
 
 _QUOTED_BYTES = 4096
+_PIECE_BYTES = 1024**2
 _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 #: Raised while a connection is made. httpx-aiohttp gives httpx.ConnectTimeout for these and for a server that hung
 #: up in the middle of a request alike, so only the cause of an error tells whether something was sent.
@@ -159,8 +160,7 @@ class HttpClient:
         caller gets are those of ``pass_through`` and 4xx other than 407, 408 and 429; the rest is raised.
         """
         client = self._open()
-        request = client.build_request(method, path, json=json, params=params, **parts)
-        await request.aread()  # a multipart body too is sent with its length
+        request = await _in_pieces(client.build_request(method, path, json=json, params=params, **parts))
         try:
             answer = await self._exchange(client, request)
         except (httpx.HTTPError, aiohttp.ClientError, OSError) as error:
@@ -238,6 +238,27 @@ class HttpClient:
 
 
 _OF_THE_TRANSFER = {"content-encoding", "content-length", "transfer-encoding"}
+
+
+class _Pieces(httpx.AsyncByteStream):
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for start in range(0, len(self._content), _PIECE_BYTES):
+            yield self._content[start : start + _PIECE_BYTES]
+
+
+async def _in_pieces(request: httpx.Request) -> httpx.Request:
+    """Let the loop do other work while a large body goes out; multipart bodies too are sent with their length."""
+    content = await request.aread()
+    if len(content) <= _PIECE_BYTES:
+        return request
+    headers, extensions = request.headers, request.extensions
+    headers.pop("Transfer-Encoding", None)
+    headers["Content-Length"] = str(len(content))
+    stream = _Pieces(content)
+    return httpx.Request(request.method, request.url, headers=headers, stream=stream, extensions=extensions)
 
 
 def retry_after_seconds(headers: Mapping[str, str], now: datetime | None = None) -> float | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from consumer.destinations.contract import ExportContext, ExportResult
+from consumer.destinations.contract import ExportContext, ExportResult, Unsure
 from consumer.destinations.registry import Registered, Registry
 from consumer.errors import UnknownOutcome
 from consumer.pipeline.attempt import Caller, Declined, LeaseLostError, build_context
@@ -28,6 +28,8 @@ from consumer.telemetry import get_logger
 #: A lease outlives the longest attempt by this much: time to write the result down.
 LEASE_MARGIN_SECONDS = 30.0
 IDLE_SECONDS = 1.0
+#: At a stop: how long the last results may take to be written.
+LAST_WRITE_SECONDS = 2.0
 
 _log = get_logger()
 
@@ -65,6 +67,8 @@ class Engine:
         self._running: dict[asyncio.Task[None], Claim] = {}
         self._results: asyncio.Queue[AttemptEnd] = asyncio.Queue()
         self._stopping = False
+        self._claimed = asyncio.Event()
+        self._stopped = asyncio.Event()
         #: the last claim filled every slot of a destination, so a slot that gets free is worth a claim
         self._hungry = False
         self._signals = signals
@@ -76,8 +80,12 @@ class Engine:
         writer = asyncio.create_task(self._write_results())
         try:
             await self._claim_until_stopped()
+            self._claimed.set()
+            await self._stopped.wait()  # attempts that end within the grace have results too
         finally:
-            await self._results.join()
+            with suppress(TimeoutError):  # a database that is away must not hold up the stop: recovery knows it
+                async with asyncio.timeout(LAST_WRITE_SECONDS):
+                    await self._results.join()
             writer.cancel()
             with suppress(asyncio.CancelledError):
                 await writer
@@ -111,12 +119,16 @@ class Engine:
         """Claim nothing more; give running attempts the grace, then cut them: they become unsettled."""
         self._stopping = True
         self._signals.steps.set()
+        ends_at = time.monotonic() + grace_seconds
+        await wait(self._claimed, grace_seconds)  # a claim under way still starts what it has taken
         if self._running:
-            _, late = await asyncio.wait(set(self._running), timeout=grace_seconds)
+            left = max(0.0, ends_at - time.monotonic())
+            _, late = await asyncio.wait(set(self._running), timeout=left)
             for task in late:
                 task.cancel()
             if late:
                 await asyncio.wait(late, timeout=2)
+        self._stopped.set()
 
     @property
     def busy(self) -> int:
@@ -226,9 +238,17 @@ class Engine:
             _log.warning("lease_lost", session=claim.job.session, destination=claim.step.destination)
             return
         except asyncio.CancelledError:
-            ending = UnknownOutcome("the service was stopped during the attempt", code="interrupted")
-            end = self._endings.of_attempt(claim, destination, ending, started)
+            end = self._cut(claim, destination, "the service was stopped during the attempt", "interrupted", started)
+        except Exception as error:  # noqa: BLE001 - what a plugin gave may break us later; the step must not hang
+            _log.exception("attempt_crashed", session=claim.job.session, destination=destination.name)
+            end = self._cut(claim, destination, f"{type(error).__name__}: {error}", "internal_error", started)
         self._results.put_nowait(end)
+
+    def _cut(self, claim: Claim, destination: Registered, reason: str, code: str, started: float) -> AttemptEnd:
+        """End an attempt that did not come to its own end: a request may have left."""
+        if claim.looks_up:
+            return self._endings.of_look_up(claim, destination, Unsure(reason), started)
+        return self._endings.of_attempt(claim, destination, UnknownOutcome(reason, code=code), started)
 
     async def _export(self, claim: Claim, destination: Registered, started: float) -> AttemptEnd:
         copy, sha256 = claim.copy, claim.job.record_sha256

@@ -1,7 +1,7 @@
 """What only time brings: abandoned steps, probes of paused lanes, patience that ended, waits that are too long."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from uuid import UUID
 
@@ -44,7 +44,8 @@ class Housekeeping:
         self._owner = owner
         self._max_wait = timedelta(seconds=max_wait_seconds)
         self._beat_at: datetime | None = None
-        self.broker_connected = False
+        #: asked for each sign of life; without a broker (``export``) nothing is reported as missing
+        self.is_connected: Callable[[], bool] = lambda: True
         self._told_connected: bool | None = None
         self._checks: set[asyncio.Task[None]] = set()
         self._signals = signals
@@ -107,11 +108,12 @@ class Housekeeping:
 
     async def _heartbeat(self, now: datetime) -> None:
         due = self._beat_at is None or now - self._beat_at >= timedelta(seconds=HEARTBEAT_SECONDS)
-        if due or self._told_connected is not self.broker_connected:
-            self._told_connected = self.broker_connected
+        connected = self.is_connected()
+        if due or self._told_connected is not connected:
+            self._told_connected = connected
             async with self._database.write() as connection:
                 await consumers.beat(
-                    connection, self._owner, now, connected=self.broker_connected,
+                    connection, self._owner, now, connected=connected,
                     is_sqlite=self._database.is_sqlite,
                 )  # fmt: skip
             self._beat_at = now

@@ -17,7 +17,7 @@ from consumer.store.connection import Connection, Database, DatabaseError
 from consumer.store.rows import JobRow, JobState
 from consumer.telemetry import get_logger
 
-BATCH = 128
+BATCH = 256
 BATCH_BYTES = 64 * 1024**2
 IDLE_SECONDS = 1.0
 ROOT_RETRY_SECONDS = 5.0
@@ -159,14 +159,14 @@ class Keeper:
                 advanced.append(replace(job, record_sha256=item.sha256, record_name=item.name, facts=item.facts))
             else:
                 problem = await self._refuse(connection, job, item, now) or problem
-                advanced.append(job)
+                advanced.append(replace(job, new_steps=()))  # they may have failed just now
         snapshots = [
             (job.id, item.sha256, item.name, item.facts) for job, item in opened if isinstance(item, Snapshot)
         ]
         await jobs.keep_snapshots(connection, snapshots)
         self._report(problem)
         moved = await self._progress.advance_loaded(connection, advanced, now)
-        return moved, {job.id: job for job in advanced}
+        return moved, {job.id: replace(job, new_steps=()) for job in advanced}
 
     async def _refuse(self, connection: Connection, job: JobRow, error: RecordError | OSError, now: datetime) -> str:
         """Write down why a record is not kept; returns a problem that concerns all records."""

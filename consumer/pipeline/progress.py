@@ -69,7 +69,8 @@ class Progress:
         opened = [job for job in loaded if job.state is JobState.OPEN]
         if not opened:
             return Advanced()
-        all_steps = await jobs.load_steps(connection, [job.id for job in opened])
+        all_steps = await jobs.load_steps(connection, [job.id for job in opened if not job.new_steps])
+        all_steps |= {job.id: jobs.new_step_rows(job) for job in opened if job.new_steps}
         states = {name: lane.state for name, lane in (await lanes.load(connection)).items()}
         changes: list[StepChange] = []
         again: list[tuple[UUID, datetime | None]] = []

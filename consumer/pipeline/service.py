@@ -5,7 +5,7 @@ import os
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from consumer.broker import DEAD_QUEUE, Broker
 from consumer.config import Settings
@@ -48,7 +48,8 @@ class Pipeline:
 
 def build_pipeline(settings: Settings, database: Database, registry: Registry) -> Pipeline:
     """Build the stages from settings. Raises ``ConfigurationError`` for a record schema that cannot be used."""
-    owner = f"{socket.gethostname()[:60]}:{os.getpid()}"
+    # a restarted container has the name and process number of the one before
+    owner = f"{socket.gethostname()[:60]}:{os.getpid()}:{uuid4().hex[:6]}"
     names = Names(settings.amqp_exchange, DEAD_QUEUE, settings.event_source)
     places = {
         item.name: Place(item.name, item.priority, item.links_to, item.depends_on) for item in registry.known.values()
@@ -84,13 +85,14 @@ async def serve(pipeline: Pipeline, broker: Broker, stop: asyncio.Event) -> None
     """
     await pipeline.housekeeping.recover()
     await pipeline.housekeeping.check_destinations()
+    pipeline.housekeeping.is_connected = lambda: broker.connected
     relay = OutboxRelay(pipeline.database, broker, pipeline.signals)
     async with asyncio.TaskGroup() as group:
         connection = group.create_task(broker.run(), name="broker")
         intake = group.create_task(pipeline.intake.run(broker), name="intake")
         keeper = group.create_task(pipeline.keeper.run(), name="keeper")
         engine = group.create_task(pipeline.engine.run(), name="engine")
-        chores = group.create_task(_chores(pipeline, broker), name="housekeeping")
+        chores = group.create_task(pipeline.housekeeping.run(), name="housekeeping")
         outbox = group.create_task(relay.run(), name="outbox")
         await stop.wait()
         _log.info("stopping", running=pipeline.engine.busy)
@@ -101,22 +103,16 @@ async def serve(pipeline: Pipeline, broker: Broker, stop: asyncio.Event) -> None
         await _cancel(outbox)
         await _drain(relay, broker)
         await _cancel(connection)
+    await _leave(pipeline)
+    _log.info("stopped")
+
+
+async def _leave(pipeline: Pipeline) -> None:
+    """Take this process off the list of consumers and let others have what it took."""
     with suppress(*DatabaseError):
         async with pipeline.database.write() as transaction:
             await consumers.leave(transaction, pipeline.owner)
         await pipeline.keeper.give_back()
-    _log.info("stopped")
-
-
-async def _chores(pipeline: Pipeline, broker: Broker) -> None:
-    async def watch() -> None:
-        while True:
-            pipeline.housekeeping.broker_connected = broker.connected
-            await asyncio.sleep(1)
-
-    async with asyncio.TaskGroup() as group:
-        group.create_task(watch())
-        group.create_task(pipeline.housekeeping.run())
 
 
 async def _drain(relay: OutboxRelay, broker: Broker) -> None:
@@ -157,6 +153,7 @@ async def export_one(pipeline: Pipeline, arrived: Arrived) -> tuple[Accepted, Jo
         await _cancel(*tasks)
         await pipeline.engine.stop(GRACE_SECONDS)
         await engine
+    await _leave(pipeline)
     return accepted, job, steps
 
 

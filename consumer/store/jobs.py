@@ -11,7 +11,7 @@ from pydantic_core import from_json, to_json
 from sqlalchemy import Row, bindparam, case, insert, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from consumer.store.rows import JobRow, JobState, NewJob, StepRow, StepState
+from consumer.store.rows import JobRow, JobState, NewJob, StepRow, StepState, text_of, uuid_of
 from consumer.store.tables import Utc, jobs, steps
 
 #: A consumer that took a job for its snapshot and died loses it after this time (PostgreSQL).
@@ -23,9 +23,9 @@ _CHUNK = 500  # SQLite takes some thousands of parameters in a statement, so lon
 async def known_digests(connection: AsyncConnection, ids: Iterable[UUID]) -> dict[UUID, str]:
     """Return the data digest of those jobs that exist."""
     found: dict[UUID, str] = {}
-    for part in _chunks([str(value) for value in ids]):
+    for part in _chunks([text_of(value) for value in ids]):
         rows = await connection.execute(select(jobs.c.id, jobs.c.data_sha256).where(jobs.c.id.in_(part)))
-        found.update({UUID(row.id): row.data_sha256 for row in rows})
+        found.update({uuid_of(row.id): row.data_sha256 for row in rows})
     return found
 
 
@@ -52,7 +52,7 @@ async def insert_jobs(
     await connection.execute(insert(jobs), [_job_values(job, now, due_at) for job in new])
     values = [
         {
-            "job_id": str(job.id),
+            "job_id": text_of(job.id),
             "destination": step.destination,
             "session": job.session,
             "priority": step.priority,
@@ -68,7 +68,7 @@ async def insert_jobs(
 
 def _job_values(job: NewJob, now: datetime, due_at: datetime) -> dict[str, Any]:
     return {
-        "id": str(job.id),
+        "id": text_of(job.id),
         "source": job.source,
         "event_id": job.event_id,
         "data_sha256": job.data_sha256,
@@ -86,15 +86,17 @@ def _job_values(job: NewJob, now: datetime, due_at: datetime) -> dict[str, Any]:
 
 async def supersede(connection: AsyncConnection, old: UUID, new: UUID) -> None:
     """Let a newer build take over: what of the old job has not begun will not begin."""
-    await connection.execute(update(jobs).where(jobs.c.superseded_by == str(old)).values(superseded_by=str(new)))
+    await connection.execute(
+        update(jobs).where(jobs.c.superseded_by == text_of(old)).values(superseded_by=text_of(new))
+    )
     await connection.execute(
         update(jobs)
-        .where(jobs.c.id == str(old), jobs.c.state == JobState.OPEN)
-        .values(state=JobState.SUPERSEDED, superseded_by=str(new), snapshot_due_at=None, decide_at=None)
+        .where(jobs.c.id == text_of(old), jobs.c.state == JobState.OPEN)
+        .values(state=JobState.SUPERSEDED, superseded_by=text_of(new), snapshot_due_at=None, decide_at=None)
     )
     await connection.execute(
         update(steps)
-        .where(steps.c.job_id == str(old), steps.c.state.in_((StepState.BLOCKED, StepState.DUE)))
+        .where(steps.c.job_id == text_of(old), steps.c.state.in_((StepState.BLOCKED, StepState.DUE)))
         .values(state=StepState.SUPERSEDED, next_attempt_at=None, reason="a newer build took over")
     )
 
@@ -139,7 +141,7 @@ async def release_snapshots(connection: AsyncConnection, now: datetime) -> None:
 
 async def give_back(connection: AsyncConnection, ids: Iterable[UUID], now: datetime) -> None:
     """At an orderly stop: what this process took for a snapshot is due for the others (or the next start)."""
-    for part in _chunks([str(value) for value in ids]):
+    for part in _chunks([text_of(value) for value in ids]):
         await connection.execute(
             update(jobs).where(jobs.c.id.in_(part), jobs.c.snapshot_due_at.is_not(None)).values(snapshot_due_at=now)
         )
@@ -149,13 +151,13 @@ async def current_states(
     connection: AsyncConnection, known: Iterable[JobRow], *, lock: bool = False
 ) -> dict[UUID, JobRow]:
     """Return known jobs with what may have changed since: state, revision and successor."""
-    rows = {str(job.id): job for job in known}
+    rows = {text_of(job.id): job for job in known}
     found: dict[UUID, JobRow] = {}
     for part in _chunks(sorted(rows)):
         query = select(jobs.c.id, jobs.c.state, jobs.c.revision, jobs.c.superseded_by)
         query = query.where(jobs.c.id.in_(part)).order_by(jobs.c.id)
         for row in await connection.execute(query.with_for_update() if lock else query):
-            successor = UUID(row.superseded_by) if row.superseded_by else None
+            successor = uuid_of(row.superseded_by) if row.superseded_by else None
             job = rows[row.id]
             found[job.id] = replace(job, state=JobState(row.state), revision=row.revision, superseded_by=successor)
     return found
@@ -167,7 +169,7 @@ async def keep_snapshots(
     """Write down (job, sha256, file name, facts) of records that were read and checked."""
     if kept:
         values = [
-            {"key": str(job), "sha256": sha256, "name": name, "known": to_json(facts).decode()}
+            {"key": text_of(job), "sha256": sha256, "name": name, "known": to_json(facts).decode()}
             for job, sha256, name, facts in kept
         ]
         await connection.execute(_keep_snapshot, values)
@@ -177,7 +179,7 @@ async def postpone_snapshot(connection: AsyncConnection, job: UUID, due_at: date
     """Ask for a record again later; ``counts`` when the file was missing rather than the whole root."""
     await connection.execute(
         update(jobs)
-        .where(jobs.c.id == str(job), jobs.c.state == JobState.OPEN)
+        .where(jobs.c.id == text_of(job), jobs.c.state == JobState.OPEN)
         .values(snapshot_due_at=due_at, snapshot_tries=jobs.c.snapshot_tries + (1 if counts else 0))
     )
 
@@ -186,35 +188,35 @@ async def fail_all_steps(connection: AsyncConnection, job: UUID, code: str, reas
     """Fail every step that has not ended: the record itself is at fault."""
     await connection.execute(
         update(steps)
-        .where(steps.c.job_id == str(job), steps.c.state.in_((StepState.BLOCKED, StepState.DUE)))
+        .where(steps.c.job_id == text_of(job), steps.c.state.in_((StepState.BLOCKED, StepState.DUE)))
         .values(state=StepState.FAILED, error_code=code, reason=reason, next_attempt_at=None)
     )
-    await connection.execute(update(jobs).where(jobs.c.id == str(job)).values(snapshot_due_at=None))
+    await connection.execute(update(jobs).where(jobs.c.id == text_of(job)).values(snapshot_due_at=None))
 
 
 async def load_jobs(connection: AsyncConnection, ids: Iterable[UUID], *, lock: bool = False) -> dict[UUID, JobRow]:
     """Return jobs by id; with ``lock`` no other consumer decides about them meanwhile."""
     found: dict[UUID, JobRow] = {}
-    for part in _chunks(sorted(str(value) for value in ids)):
+    for part in _chunks(sorted(text_of(value) for value in ids)):
         query = select(jobs).where(jobs.c.id.in_(part)).order_by(jobs.c.id)
         rows = await connection.execute(query.with_for_update() if lock else query)
-        found.update({UUID(row.id): job_row(row) for row in rows})
+        found.update({uuid_of(row.id): job_row(row) for row in rows})
     return found
 
 
 async def load_steps(connection: AsyncConnection, ids: Iterable[UUID]) -> dict[UUID, list[StepRow]]:
     """Return all steps of the given jobs."""
     found: dict[UUID, list[StepRow]] = defaultdict(list)
-    for part in _chunks([str(value) for value in ids]):
+    for part in _chunks([text_of(value) for value in ids]):
         for row in await connection.execute(select(steps).where(steps.c.job_id.in_(part))):
-            found[UUID(row.job_id)].append(step_row(row))
+            found[uuid_of(row.job_id)].append(step_row(row))
     return found
 
 
 async def superseded_jobs(connection: AsyncConnection, successors: Iterable[UUID]) -> list[JobRow]:
     """Return the jobs that wait for the outcome of one of these to repeat it."""
     found: list[JobRow] = []
-    for part in _chunks([str(value) for value in successors]):
+    for part in _chunks([text_of(value) for value in successors]):
         query = select(jobs).where(
             jobs.c.superseded_by.in_(part), jobs.c.state == JobState.SUPERSEDED, jobs.c.finished_at.is_(None)
         )
@@ -238,7 +240,7 @@ _finish = (
 async def finish_jobs(connection: AsyncConnection, ended: Sequence[tuple[UUID, JobState]], now: datetime) -> None:
     """Write down that jobs are over."""
     if ended:
-        values = [{"key": str(job), "new_state": state, "at": now} for job, state in ended]
+        values = [{"key": text_of(job), "new_state": state, "at": now} for job, state in ended]
         await connection.execute(_finish, values)
 
 
@@ -246,7 +248,7 @@ async def decide_later(connection: AsyncConnection, again: Sequence[tuple[UUID, 
     """Note when only time will move these jobs on; None clears the note."""
     if again:
         statement = update(jobs).where(jobs.c.id == bindparam("key")).values(decide_at=bindparam("at"))
-        await connection.execute(statement, [{"key": str(job), "at": at} for job, at in again])
+        await connection.execute(statement, [{"key": text_of(job), "at": at} for job, at in again])
 
 
 async def decide_waiting_jobs(connection: AsyncConnection, now: datetime) -> None:
@@ -262,7 +264,7 @@ async def decide_waiting_jobs(connection: AsyncConnection, now: datetime) -> Non
 async def due_decisions(connection: AsyncConnection, now: datetime, limit: int) -> list[UUID]:
     """Return jobs that are to be decided anew now."""
     query = select(jobs.c.id).where(jobs.c.decide_at <= now, jobs.c.state == JobState.OPEN).limit(limit)
-    return [UUID(row.id) for row in await connection.execute(query)]
+    return [uuid_of(row.id) for row in await connection.execute(query)]
 
 
 async def reopen(connection: AsyncConnection, job: UUID, revision: int, now: datetime) -> bool:
@@ -272,7 +274,7 @@ async def reopen(connection: AsyncConnection, job: UUID, revision: int, now: dat
     """
     changed = await connection.execute(
         update(jobs)
-        .where(jobs.c.id == str(job), jobs.c.state == JobState.FAILED, jobs.c.revision == revision)
+        .where(jobs.c.id == text_of(job), jobs.c.state == JobState.FAILED, jobs.c.revision == revision)
         .values(state=JobState.OPEN, revision=revision + 1, finished_at=None, snapshot_tries=0,
                 snapshot_since=now, decide_at=now,
                 snapshot_due_at=case((jobs.c.record_sha256.is_(None), literal(now, Utc()))))
@@ -282,7 +284,7 @@ async def reopen(connection: AsyncConnection, job: UUID, revision: int, now: dat
     await connection.execute(
         update(steps)
         .where(
-            steps.c.job_id == str(job),
+            steps.c.job_id == text_of(job),
             steps.c.state.in_((StepState.FAILED, StepState.SUPERSEDED, StepState.SKIPPED)),
         )
         .values(state=StepState.BLOCKED, attempts=0, lookups=0, due_since=None, next_attempt_at=None,
@@ -318,13 +320,38 @@ def new_job_row(job: NewJob, now: datetime) -> JobRow:
         record_sha256=None,
         record_name=None,
         facts={},
+        new_steps=job.steps,
     )
+
+
+def new_step_rows(job: JobRow) -> list[StepRow]:
+    """Return the steps of a job that was just inserted."""
+    return [
+        StepRow(
+            job_id=job.id,
+            destination=step.destination,
+            session=job.session,
+            priority=step.priority,
+            purpose="create",
+            state=StepState.BLOCKED,
+            attempts=0,
+            lookups=0,
+            due_since=None,
+            next_attempt_at=None,
+            first_attempt_at=None,
+            last_request_at=None,
+            error_code=None,
+            reason=None,
+            result=None,
+        )
+        for step in job.new_steps
+    ]
 
 
 def job_row(row: Row[Any]) -> JobRow:
     """Build a frozen job from a result row."""
     return JobRow(
-        id=UUID(row.id),
+        id=uuid_of(row.id),
         source=row.source,
         event_id=row.event_id,
         session=row.session,
@@ -334,7 +361,7 @@ def job_row(row: Row[Any]) -> JobRow:
         strategy=row.strategy,
         state=JobState(row.state),
         revision=row.revision,
-        superseded_by=UUID(row.superseded_by) if row.superseded_by else None,
+        superseded_by=uuid_of(row.superseded_by) if row.superseded_by else None,
         record_sha256=row.record_sha256,
         record_name=row.record_name,
         facts=from_json(row.facts) if row.facts else {},
@@ -346,7 +373,7 @@ def job_row(row: Row[Any]) -> JobRow:
 def step_row(row: Row[Any]) -> StepRow:
     """Build a frozen step from a result row."""
     return StepRow(
-        job_id=UUID(row.job_id),
+        job_id=uuid_of(row.job_id),
         destination=row.destination,
         session=row.session,
         priority=row.priority,

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from datetime import datetime
-from uuid import UUID
 
 from pydantic_core import from_json, to_json
 from sqlalchemy import bindparam, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from consumer.store.rows import Message
+from consumer.store.rows import Message, text_of, uuid_of
 from consumer.store.tables import outbox
 
 
@@ -27,7 +26,7 @@ def _values(message: Message, now: datetime) -> dict[str, object]:
     return {
         "kind": message.kind,
         "message_id": message.message_id,
-        "job_id": str(message.job_id) if message.job_id else None,
+        "job_id": text_of(message.job_id) if message.job_id else None,
         "exchange": message.exchange,
         "routing_key": message.routing_key,
         "content_type": message.content_type,
@@ -56,7 +55,7 @@ async def unsent(connection: AsyncConnection, cutoff: datetime, limit: int, *, l
             body=bytes(row.body),
             headers=from_json(row.headers),
             content_type=row.content_type,
-            job_id=UUID(row.job_id) if row.job_id else None,
+            job_id=uuid_of(row.job_id) if row.job_id else None,
         )
         for row in await connection.execute(query)
     ]

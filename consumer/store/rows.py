@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
@@ -57,6 +58,11 @@ class LaneState(StrEnum):
     ACTIVE = "active"
     OPEN = "open"
     PAUSED = "paused"
+
+
+#: Conversions of job ids: each record needs them a dozen times, and Python's own are slow.
+uuid_of = lru_cache(maxsize=8192)(UUID)
+text_of = lru_cache(maxsize=8192)(UUID.__str__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +122,8 @@ class JobRow:
     record_name: str | None
     facts: dict[str, Any]
     snapshot_tries: int = 0
+    #: its steps if the job was just inserted: all blocked, so nobody has to load them
+    new_steps: tuple[NewStep, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

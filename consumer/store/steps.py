@@ -12,7 +12,18 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from consumer.store.jobs import step_row
-from consumer.store.rows import AttemptEnd, Claim, CopyRow, JobRow, LogEntry, StepChange, StepRow, StepState
+from consumer.store.rows import (
+    AttemptEnd,
+    Claim,
+    CopyRow,
+    JobRow,
+    LogEntry,
+    StepChange,
+    StepRow,
+    StepState,
+    text_of,
+    uuid_of,
+)
 from consumer.store.tables import Utc, copies, jobs, steps, upload_log
 
 
@@ -97,7 +108,7 @@ _look = (
 
 
 def _look_values(item: Claim) -> dict[str, Any]:
-    return {"job": str(item.step.job_id), "name": item.step.destination, "until": item.lease_until}
+    return {"job": text_of(item.step.job_id), "name": item.step.destination, "until": item.lease_until}
 
 
 def _run_values(item: Claim, now: datetime) -> dict[str, Any]:
@@ -124,7 +135,7 @@ async def _hold_copies(
             "session": item.step.session,
             "destination": item.step.destination,
             "fence": 1,
-            "holder": str(item.step.job_id),
+            "holder": text_of(item.step.job_id),
             "owner": owner,
             "lease_until": item.lease_until,
         }
@@ -204,7 +215,7 @@ async def write_ends(connection: AsyncConnection, ends: Sequence[AttemptEnd], no
 def _change_values(end: AttemptEnd, now: datetime) -> dict[str, Any]:
     step = end.step
     return {
-        "job": str(step.job_id),
+        "job": text_of(step.job_id),
         "name": step.destination,
         "new_state": step.state,
         "code": step.error_code,
@@ -241,7 +252,7 @@ def _copy_values(end: AttemptEnd) -> dict[str, Any]:
         "one_session": end.claim.step.session,
         "name": end.claim.step.destination,
         # while an effect may still be on its way, no other job may touch this copy
-        "keeps": str(end.step.job_id) if unsettled else None,
+        "keeps": text_of(end.step.job_id) if unsettled else None,
         "id": change.record_id if change else None,
         "url": change.record_url if change else None,
         "sent": change.sent_sha256 if change else None,
@@ -285,7 +296,7 @@ async def move_steps(connection: AsyncConnection, changes: Sequence[StepChange])
     if changes:
         values = [
             {
-                "job": str(change.job_id),
+                "job": text_of(change.job_id),
                 "name": change.destination,
                 "new_state": change.state,
                 "code": change.error_code,
@@ -306,7 +317,7 @@ async def abandoned_steps(connection: AsyncConnection, now: datetime, *, everyth
         query = query.where(or_(copies.c.lease_until.is_(None), copies.c.lease_until < now)).with_for_update(
             of=steps, skip_locked=True
         )
-    return [(UUID(row.job_id), row.destination) for row in await connection.execute(query)]
+    return [(uuid_of(row.job_id), row.destination) for row in await connection.execute(query)]
 
 
 async def abandon(
@@ -321,7 +332,7 @@ async def abandon(
         await connection.execute(
             select(steps, jobs.c.event_id, jobs.c.source)
             .join(jobs, jobs.c.id == steps.c.job_id)
-            .where(steps.c.job_id == str(job), steps.c.destination == destination)
+            .where(steps.c.job_id == text_of(job), steps.c.destination == destination)
         )
     ).one()
     state = StepState.UNSETTLED if can_verify else StepState.UNCERTAIN
@@ -330,14 +341,14 @@ async def abandon(
                               "reason": "the process ended during the attempt"}  # fmt: skip
     if dead:
         values["last_request_at"] = now
-    where = and_(steps.c.job_id == str(job), steps.c.destination == destination)
+    where = and_(steps.c.job_id == text_of(job), steps.c.destination == destination)
     await connection.execute(update(steps).where(where).values(**values))
     # the fence rises, so that a process that only slept cannot write its result any more
     await connection.execute(
         update(copies)
         .where(copies.c.session == row.session, copies.c.destination == destination)
         .values(fence=copies.c.fence + 1, owner=None, lease_until=None,
-                holder=str(job) if can_verify else None)
+                holder=text_of(job) if can_verify else None)
     )  # fmt: skip
     await connection.execute(
         insert(upload_log).values(
@@ -356,21 +367,27 @@ async def next_attempt(connection: AsyncConnection) -> datetime | None:
 
 
 async def waited_too_long(connection: AsyncConnection, cutoff: datetime) -> list[tuple[UUID, str]]:
-    """Return due steps that have waited since before ``cutoff``: their lane is paused or gone."""
+    """Return steps that have waited since before ``cutoff``: their lane is paused or gone."""
     query = select(steps.c.job_id, steps.c.destination).where(
-        steps.c.state == StepState.DUE, steps.c.due_since < cutoff
+        steps.c.state.in_((StepState.DUE, StepState.UNSETTLED)), steps.c.due_since < cutoff
     )
-    return [(UUID(row.job_id), row.destination) for row in await connection.execute(query.limit(500))]
+    return [(uuid_of(row.job_id), row.destination) for row in await connection.execute(query.limit(500))]
 
 
 async def give_up(connection: AsyncConnection, late: Sequence[tuple[UUID, str]]) -> None:
-    """Fail steps whose wait is over; their last reason stays."""
+    """End steps whose wait is over: due ones fail, those with an unknown outcome become uncertain."""
+    endings = ((StepState.DUE, StepState.FAILED), (StepState.UNSETTLED, StepState.UNCERTAIN))
     for job, destination in late:
-        await connection.execute(
-            update(steps)
-            .where(steps.c.job_id == str(job), steps.c.destination == destination, steps.c.state == StepState.DUE)
-            .values(
-                state=StepState.FAILED, error_code="waited_too_long", next_attempt_at=None,
-                reason=func.coalesce(steps.c.reason, "nothing took it within NX_EXPORT_MAX_WAIT"),
-            )
-        )  # fmt: skip
+        for before, after in endings:
+            await connection.execute(
+                update(steps)
+                .where(
+                    steps.c.job_id == text_of(job), steps.c.destination == destination, steps.c.state == before
+                )
+                .values(
+                    state=after, error_code="waited_too_long", next_attempt_at=None,
+                    reason=func.coalesce(steps.c.reason, "nothing took it within NX_EXPORT_MAX_WAIT"),
+                )
+            )  # fmt: skip
+        mine = and_(copies.c.holder == text_of(job), copies.c.destination == destination)
+        await connection.execute(update(copies).where(mine).values(holder=None, owner=None, lease_until=None))

@@ -13,7 +13,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -125,10 +125,14 @@ class Heard:
 
 
 class Bus:
-    """A builder and listener beside the consumer; every outcome since ``with`` is in ``heard``."""
+    """A builder and listener beside the consumer; every outcome since ``with`` is in ``heard``.
 
-    def __init__(self, url: str) -> None:
+    With ``queue`` it listens at a durable queue of that name, else at one that ends with it.
+    """
+
+    def __init__(self, url: str, *, queue: str | None = None) -> None:
         self._url = url
+        self._queue = queue
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="bus")
         self._connection: aio_pika.abc.AbstractConnection
@@ -144,7 +148,8 @@ class Bus:
 
     def __exit__(self, *_: object) -> None:
         try:
-            self._do(self._connection.close())
+            with suppress(aio_pika.exceptions.AMQPError, ConnectionError):  # the test may have ended the broker
+                self._do(self._connection.close())
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
@@ -157,7 +162,7 @@ class Bus:
         self._connection = await aio_pika.connect(self._url)
         self._channel = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
         self._exchange = await self._channel.declare_exchange(EXCHANGE, aio_pika.ExchangeType.TOPIC, durable=True)
-        queue = await self._channel.declare_queue(exclusive=True)
+        queue = await self._channel.declare_queue(self._queue, exclusive=not self._queue, durable=bool(self._queue))
         for key in ("record.exported", "record.export_failed"):
             await queue.bind(self._exchange, key)
         await queue.consume(self._take, no_ack=True)

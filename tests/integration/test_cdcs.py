@@ -201,6 +201,14 @@ async def test_a_record_arrives_byte_for_byte(
     assert str(record["template"]) == named[0]["current"]
 
 
+async def test_a_large_record_arrives_byte_for_byte(
+    rest: httpx.AsyncClient, make: MakeDestination, context_of: MakeContext
+) -> None:
+    content = make_record(1, size=3_000_000).content
+    result = await make().export(context_of(content=content))
+    assert (await stored(rest, result.record_id))["xml_content"].encode() == content
+
+
 async def test_the_address_may_end_without_a_slash(
     cdcs: CdcsServer, make: MakeDestination, context_of: MakeContext
 ) -> None:

@@ -288,6 +288,19 @@ async def test_a_multipart_body_goes_out_with_its_length() -> None:
     assert "content-length: " in server.requests[0].lower()
 
 
+@pytest.mark.parametrize("kind", ["json", "content", "files"])
+async def test_a_large_body_arrives_whole_and_with_its_length(kind: str) -> None:
+    text = "".join(f"{number:08}" for number in range(300_000))
+    parts: dict[str, Any] = {"json": text, "content": text.encode(), "files": {"file": ("a.xml", text.encode())}}
+    server = Server(says("201 Created", b"{}"))
+    async with server.running() as url, client_of(url) as client:
+        for _ in range(2):
+            await client.request("POST", "x/", **{kind: parts[kind]}, creates=True)
+    assert all(text in request for request in server.requests)
+    assert server.connections == 1
+    assert "transfer-encoding" not in server.requests[0][:1000].lower()
+
+
 async def test_the_environments_proxy_is_used_unless_excepted(monkeypatch: pytest.MonkeyPatch) -> None:
     proxy, direct = Server(says("200 OK", b"1")), Server(says("200 OK", b"2"))
     async with proxy.running() as proxy_url, direct.running() as url:

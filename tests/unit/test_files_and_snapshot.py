@@ -227,6 +227,19 @@ def test_a_file_that_grows_while_it_is_read_is_bounded_too(root: Path, monkeypat
     assert refused(RecordRefused, "record_too_large", root, "a.xml", 20) == "a.xml grew over the limit of 20 bytes"
 
 
+def test_one_byte_more_than_allowed_is_too_much(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = put(root / "a.xml", b"0123456789")
+    real = os.read
+
+    def grow_once(descriptor: int, count: int) -> bytes:
+        if path.stat().st_size == 10:
+            path.write_bytes(b"0123456789X")
+        return real(descriptor, count)
+
+    monkeypatch.setattr(os, "read", grow_once)
+    refused(RecordRefused, "record_too_large", root, "a.xml", 10)
+
+
 def test_what_is_missing_may_still_come(root: Path) -> None:
     for path in ("a.xml", "2026/a.xml"):
         assert refused(RecordNotThereYet, "record_missing", root, path) == f"{path}: No such file or directory"

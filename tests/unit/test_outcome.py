@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -213,7 +214,7 @@ def test_a_superseded_job_repeats_its_successor_s_outcome(state: JobState) -> No
     )
     old = job_row(superseded_by=successor.id, revision=7)
     steps = [step_row("cdcs", S.DONE if state is JobState.EXPORTED else S.FAILED, successor, attempts=2)]
-    (message,) = messages_of(old, steps, NOW, NAMES, answer=successor)
+    (message,) = messages_of(replace(old, state=state), steps, NOW, NAMES, answer=successor)
     assert message.message_id == str(outcome_id(old.id, 7)), "its own message, and no dead letter"
     assert message.job_id == old.id
     data = data_of(message)

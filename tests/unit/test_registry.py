@@ -179,7 +179,7 @@ def test_settings_come_before_class_attributes_and_those_before_defaults(tmp_pat
 
 
 def test_two_classes_in_one_file_and_files_that_begin_with_an_underscore(tmp_path: Path) -> None:
-    (tmp_path / "_helper.py").write_text("raise RuntimeError('never imported')\n")
+    (tmp_path / "_shared.py").write_text("raise RuntimeError('never imported')\n")
     (tmp_path / "notes.txt").write_text("no Python")
     found = load(tmp_path, plain("One") + plain("Two"))
     assert {"one", "two"} <= set(found.known)
