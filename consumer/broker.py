@@ -160,7 +160,8 @@ class Broker:
             raw = await channel.get_underlay_channel()
             raw.on_consumer_cancel_callbacks.add(self._on_cancel)
             self._broken.clear()
-            await raw.basic_consume(WORK_QUEUE, self._on_message)
+            # a quorum queue without a leader never answers
+            await raw.basic_consume(WORK_QUEUE, self._on_message, timeout=CONFIRM_SECONDS)
             try:
                 await self._broken.wait()
             finally:

@@ -139,13 +139,13 @@ class Engine:
 
     async def _claim(self) -> list[Claim]:
         """Write down which records were kept since the last time, and claim what is due, in one commit."""
-        free = self._free_slots()
-        kept = self._keeper.ready
-        if not free and not kept:
-            self._hungry = True
+        self._hungry = True
+        if not self._free_slots() and not self._keeper.ready:
             return []
         claims: list[Claim] = []
         async with self._database.write() as connection:
+            # looked at only now: while others wrote, more slots got free and more records were kept
+            free, kept = self._free_slots(), self._keeper.ready
             now = await self._database.now(connection)
             moved, fresh = await self._keeper.write_kept(connection, kept, now) if kept else (Advanced(), {})
             states = await lanes.load(connection)
@@ -290,16 +290,17 @@ class Engine:
         """Write results in groups: what comes while one commit runs is in the next."""
         while True:
             batch = [await self._results.get()]
-            while not self._results.empty():
-                batch.append(self._results.get_nowait())
             while not await self._try_write(batch):  # noqa: ASYNC110 - the database gives no event when it is back
                 await asyncio.sleep(IDLE_SECONDS)
             for _ in batch:
                 self._results.task_done()
 
-    async def _try_write(self, batch: Sequence[AttemptEnd]) -> bool:
+    async def _try_write(self, batch: list[AttemptEnd]) -> bool:
+        """Write a batch and what came while it waited for its turn; the batch keeps what is not written."""
         try:
             async with self._database.write() as connection:
+                while not self._results.empty():
+                    batch.append(self._results.get_nowait())
                 now = await self._database.now(connection)
                 moved = await self._write_batch(connection, batch, now)
         except DatabaseError as error:

@@ -213,6 +213,8 @@ class Intake:
         }
         for job in result.new:
             before = builds.get(job.session)
+            if job.id in result.refused:
+                continue  # an event that is refused as a whole takes nothing over
             if before is None or job.build_time >= before[1]:
                 builds[job.session] = (job.id, job.build_time)
                 if before is not None:
