@@ -224,7 +224,6 @@ class Intake:
             # an older build that arrives late: it never runs, and repeats what the newer one came to
             await jobs.supersede(connection, job.id, before[0])
             result.superseded.add(job.id)
-            result.refused.pop(job.id, None)
             successor: JobRow | None = newest.get(job.session)
             if successor and successor.id == before[0] and successor.state is not JobState.OPEN:
                 result.advanced.append(await self._progress.repeat_outcome(connection, successor, now))

@@ -8,7 +8,7 @@ from typing import Any
 from uuid import UUID
 
 from pydantic_core import from_json, to_json
-from sqlalchemy import Row, bindparam, case, insert, literal, select, update
+from sqlalchemy import Row, and_, bindparam, case, insert, literal, not_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from consumer.store.rows import JobRow, JobState, NewJob, StepRow, StepState, text_of, uuid_of
@@ -30,10 +30,14 @@ async def known_digests(connection: AsyncConnection, ids: Iterable[UUID]) -> dic
 
 
 async def newest_builds(connection: AsyncConnection, sessions: Iterable[str]) -> dict[str, JobRow]:
-    """Return for each session the job that no newer build has superseded."""
+    """Return for each session the job that no newer build has superseded.
+
+    One that failed before its record was kept does not count: nothing of it can be anywhere.
+    """
     found: dict[str, JobRow] = {}
     for part in _chunks(sorted(set(sessions))):
-        query = select(jobs).where(jobs.c.session.in_(part), jobs.c.state != JobState.SUPERSEDED)
+        never_began = and_(jobs.c.state == JobState.FAILED, jobs.c.record_sha256.is_(None))
+        query = select(jobs).where(jobs.c.session.in_(part), jobs.c.state != JobState.SUPERSEDED, not_(never_began))
         for row in await connection.execute(query.order_by(jobs.c.build_time, jobs.c.received_at)):
             found[row.session] = job_row(row)
     return found
