@@ -7,25 +7,21 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from uuid import UUID
 
-from consumer.errors import RecordError, RecordNotThereYet, RecordsRootMissing
-from consumer.events import restore_built
 from consumer.pipeline.progress import Advanced, Progress
+from consumer.pipeline.reader import Read, RecordReader
 from consumer.pipeline.signals import HANDOFF_LIMIT, Signals, wait
-from consumer.pipeline.snapshot import Snapshot, SnapshotReader, Spool
+from consumer.pipeline.snapshot import Spool
 from consumer.store import jobs
 from consumer.store.connection import Connection, Database, DatabaseError
 from consumer.store.rows import JobRow, JobState
 from consumer.telemetry import get_logger
 
 BATCH = 256
-BATCH_BYTES = 64 * 1024**2
 IDLE_SECONDS = 1.0
 ROOT_RETRY_SECONDS = 5.0
 FILE_RETRY_MAX_SECONDS = 30.0
 
 _log = get_logger()
-
-Read = Snapshot | RecordError | OSError
 
 
 @dataclass(slots=True)
@@ -36,14 +32,14 @@ class Health:
 
 
 class Keeper:
-    """Reads records in batches in a thread; ``wait_seconds`` is how long a file may be missing."""
+    """Has records read in batches; ``wait_seconds`` is how long a file may be missing."""
 
     def __init__(
         self,
         database: Database,
         progress: Progress,
         signals: Signals,
-        reader: SnapshotReader,
+        reader: RecordReader,
         spool: Spool,
         *,
         wait_seconds: float,
@@ -63,6 +59,13 @@ class Keeper:
 
     async def run(self) -> None:
         """Keep records until cancelled."""
+        self._reader.start()
+        try:
+            await self._keep_until_cancelled()
+        finally:
+            self._reader.close()
+
+    async def _keep_until_cancelled(self) -> None:
         while True:
             self._signals.records.event.clear()
             try:
@@ -79,7 +82,7 @@ class Keeper:
         batch = self._batch = await self._take()
         if not batch:
             return 0
-        read = await asyncio.to_thread(self._read_and_keep, batch)
+        read = await self._reader.read([job.event for job in batch])
         self.ready = [*self.ready, *zip(batch, read, strict=True)]
         self._signals.steps.set()
         while len(self.ready) > BATCH:  # one batch ahead of the engine, no more
@@ -117,31 +120,6 @@ class Keeper:
             now = await self._database.now(connection)
             return await jobs.take_for_snapshot(connection, now, BATCH, lock=not self._database.is_sqlite)
 
-    def _read_and_keep(self, batch: Sequence[JobRow]) -> list[Read]:
-        """Read in portions of bounded size, so that a batch of large records stays out of memory."""
-        found: list[Read] = []
-        portion: list[Snapshot] = []
-        for job in batch:
-            try:
-                snapshot = self._reader.read(restore_built(job.event).data)
-            except RecordError as error:
-                found.append(error)
-                continue
-            found.append(Snapshot(snapshot.sha256, snapshot.name, b"", snapshot.facts))
-            portion.append(snapshot)
-            if sum(len(item.content) for item in portion) > BATCH_BYTES:
-                self._keep(portion, found)
-                portion = []
-        self._keep(portion, found)
-        return found
-
-    def _keep(self, portion: list[Snapshot], found: list[Read]) -> None:
-        try:
-            self.spool.keep(portion)
-        except OSError as error:
-            names = {item.sha256 for item in portion}
-            found[:] = [error if isinstance(item, Snapshot) and item.sha256 in names else item for item in found]
-
     async def write_kept(
         self, connection: Connection, kept: Sequence[tuple[JobRow, Read]], now: datetime
     ) -> tuple[Advanced, dict[UUID, JobRow]]:
@@ -155,40 +133,32 @@ class Keeper:
         problem = ""
         advanced: list[JobRow] = []
         for job, item in opened:
-            if isinstance(item, Snapshot):
+            if item.kind == "kept":
                 advanced.append(replace(job, record_sha256=item.sha256, record_name=item.name, facts=item.facts))
             else:
                 problem = await self._refuse(connection, job, item, now) or problem
                 advanced.append(replace(job, new_steps=()))  # they may have failed just now
-        snapshots = [
-            (job.id, item.sha256, item.name, item.facts) for job, item in opened if isinstance(item, Snapshot)
-        ]
+        snapshots = [(job.id, item.sha256, item.name, item.facts) for job, item in opened if item.kind == "kept"]
         await jobs.keep_snapshots(connection, snapshots)
         self._report(problem)
         moved = await self._progress.advance_loaded(connection, advanced, now)
         return moved, {job.id: replace(job, new_steps=()) for job in advanced}
 
-    async def _refuse(self, connection: Connection, job: JobRow, error: RecordError | OSError, now: datetime) -> str:
+    async def _refuse(self, connection: Connection, job: JobRow, read: Read, now: datetime) -> str:
         """Write down why a record is not kept; returns a problem that concerns all records."""
-        if isinstance(error, OSError):
-            problem = f"the spool {self.spool.root} cannot be written: {error.strerror}"
+        if read.kind in {"root_missing", "spool_failed"}:
             await jobs.postpone_snapshot(
                 connection, job.id, now + timedelta(seconds=ROOT_RETRY_SECONDS), counts=False
             )
-            return problem
-        if isinstance(error, RecordsRootMissing):
-            await jobs.postpone_snapshot(
-                connection, job.id, now + timedelta(seconds=ROOT_RETRY_SECONDS), counts=False
-            )
-            return str(error)
-        if isinstance(error, RecordNotThereYet) and now < job.snapshot_since + self._wait:
+            return read.message
+        if read.kind == "not_there_yet" and now < job.snapshot_since + self._wait:
             pause = min(FILE_RETRY_MAX_SECONDS, 0.5 * 2 ** min(job.snapshot_tries, 10))
             due_at = min(now + timedelta(seconds=pause), job.snapshot_since + self._wait)
             await jobs.postpone_snapshot(connection, job.id, due_at, counts=True)
             if job.snapshot_tries == 0:
-                _log.warning("record_not_there_yet", session=job.session, reason=str(error))
+                _log.warning("record_not_there_yet", session=job.session, reason=read.message)
             return ""
-        await jobs.fail_all_steps(connection, job.id, error.code, str(error))
+        await jobs.fail_all_steps(connection, job.id, read.code, read.message)
         return ""
 
     def _report(self, problem: str) -> None:

@@ -19,8 +19,9 @@ from consumer.pipeline.keeper import Keeper
 from consumer.pipeline.outbox import OutboxRelay
 from consumer.pipeline.outcome import Names
 from consumer.pipeline.progress import Progress
+from consumer.pipeline.reader import ReaderSettings, RecordReader
 from consumer.pipeline.signals import Signals, wait
-from consumer.pipeline.snapshot import SnapshotReader, Spool
+from consumer.pipeline.snapshot import Spool
 from consumer.store import consumers, jobs
 from consumer.store.connection import Database, DatabaseError
 from consumer.store.rows import JobRow, JobState, StepRow
@@ -56,8 +57,10 @@ def build_pipeline(settings: Settings, database: Database, registry: Registry) -
     }
     signals = Signals()
     progress = Progress(places, names, signals.outcomes, is_sqlite=database.is_sqlite)
-    reader = SnapshotReader(settings.resolved_records_path, settings.record_max_bytes, settings.record_schema)
     spool = Spool(settings.resolved_spool_path)
+    reader = RecordReader(
+        ReaderSettings(settings.resolved_records_path, settings.record_max_bytes, settings.record_schema, spool.root)
+    )
     retry = RetrySettings(settings.retry_base_seconds, settings.retry_max_seconds, settings.export_max_wait)
     keeper = Keeper(database, progress, signals, reader, spool, wait_seconds=settings.record_wait_seconds)
     engine = Engine(

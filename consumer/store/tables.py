@@ -44,15 +44,21 @@ class Utc(TypeDecorator[datetime]):
         """Return the function that turns a moment into what the driver takes; it refuses naive ones."""
         as_text = dialect.name == "sqlite"
 
+        last: datetime | None = None  # all rows of a batch carry the very same moments
+        made: datetime | str | None = None
+
         def process(value: datetime | None) -> datetime | str | None:
+            nonlocal last, made
+            if value is last:
+                return made
             if value is None:
                 return None
-            if value.tzinfo is not UTC:
-                if value.tzinfo is None:
-                    message = f"naive time {value}: the store takes only times with a zone"
-                    raise ValueError(message)
-                value = value.astimezone(UTC)
-            return value.isoformat(timespec="microseconds") if as_text else value
+            if value.tzinfo is None:
+                message = f"naive time {value}: the store takes only times with a zone"
+                raise ValueError(message)
+            moment = value.astimezone(UTC)
+            last, made = value, moment.isoformat(timespec="microseconds") if as_text else moment
+            return made
 
         return process
 
