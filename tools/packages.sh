@@ -29,7 +29,7 @@ if [ "$(id -u)" != 0 ]; then
 fi
 echo "Installing Debian packages:$wanted ($why). Their own services are not used: this project starts private ones."
 log=$(mktemp)
-if ! { $as_root apt-get update -qq && $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $wanted; } >"$log" 2>&1; then
+if ! { $as_root apt-get update -qq && $as_root env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $wanted; } >"$log" 2>&1; then
   tail -n 20 "$log" >&2
   echo "apt-get could not install$wanted; the lines above say why (all of it: $log)." >&2
   exit 1
