@@ -6,7 +6,7 @@ connection cancels callbacks, caches queue depths and cannot tell which deliveri
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -27,6 +27,7 @@ DEAD_QUEUE = "nexuslims.export.dead"
 PREFETCH = 512
 CONFIRM_SECONDS = 15.0
 CONNECT_SECONDS = 10.0
+CLOSE_SECONDS = 3.0
 RECONNECT_MAX_SECONDS = 5.0
 
 #: 4.x counts a delivery limit of -1 as none, 3.10 dead-letters at the first requeue: always a positive number.
@@ -173,10 +174,9 @@ class Broker:
 
     async def _wait_for_leave(self, connection: aio_pika.abc.AbstractConnection) -> None:
         while not self._may_consume.is_set() and not connection.is_closed:
-            try:
-                await asyncio.wait_for(self._may_consume.wait(), 0.5)
-            except TimeoutError:
-                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await self._may_consume.wait()
 
     def _drop_deliveries(self) -> None:
         while not self.deliveries.empty():
@@ -266,10 +266,17 @@ async def declare_topology(channel: AbstractChannel, exchange_name: str) -> Abst
 
 
 async def _close_quietly(closable: Any) -> None:
-    try:
-        await asyncio.wait_for(closable.close(), 3)
-    except _LOST:
-        _log.debug("close_failed")
+    """Close a channel or connection; one that does not answer is left behind.
+
+    Not by ``wait_for``: that waits until the inner task has taken its cancellation, and a close that hangs on a
+    channel cut in the middle of its own close never does.
+    """
+    closing = asyncio.ensure_future(closable.close())
+    done, _ = await asyncio.wait({closing}, timeout=CLOSE_SECONDS)
+    if not done:
+        closing.cancel()
+    elif not closing.cancelled() and isinstance(closing.exception(), Exception):
+        _log.debug("close_failed", reason=str(closing.exception()))
 
 
 def explain(error: BaseException, url: str) -> str:

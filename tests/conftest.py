@@ -19,8 +19,10 @@ for _name in [name for name in os.environ if name.startswith("NX_")]:
 
 @pytest.fixture(scope="session")
 def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitServer]:
-    """Give a RabbitMQ node of this test run, with the management API."""
-    server = RabbitServer(tmp_path_factory.mktemp("rabbitmq"), management=True)
+    """Give a RabbitMQ node of this test run, with the management API; the environment may name another one."""
+    root = os.environ.get("NEXUS_TEST_RABBITMQ_ROOT")
+    folder = tmp_path_factory.mktemp("rabbitmq")
+    server = RabbitServer(folder, management=True, root=Path(root) if root else None)
     server.start()
     try:
         yield server

@@ -193,7 +193,7 @@ class Cdcs:
         template = await self._template.renew()
         wanted = context.record_sha256 or _sha256(await asyncio.to_thread(_read, context))
         record_id = known_id(context)
-        if record_id is None:
+        if record_id is None or context.purpose == "recheck":
             return await self._search(template, wanted, context)
         answer = await self._http.request("GET", _record(record_id))
         if answer.status_code == HTTPStatus.NOT_FOUND:
@@ -216,10 +216,11 @@ class Cdcs:
         complete = sorted(number for number, sha256 in hits if sha256 == wanted)
         earlier = sorted(number for number, sha256 in hits if sha256 in context.sent_hashes - {wanted})
         if complete or earlier:
-            ours, *surplus = complete + earlier
-            if surplus:
-                _log.warning("surplus_copy", destination=self.name, record_id=str(ours), surplus=surplus)
-            return Present(str(ours), self._url(ours)) if complete else Partial(str(ours))
+            known = known_id(context)
+            # two equal copies: the one that outcomes name is kept, else the first
+            ours = int(known) if known in {str(number) for number in complete} else (complete + earlier)[0]
+            surplus = tuple(str(number) for number in complete + earlier if number != ours)
+            return Present(str(ours), self._url(ours), surplus) if complete else Partial(str(ours))
         if hits:
             found = self._url(min(hits)[0])
             raise Permanent(f"{found} has the title {title!r} and bytes that we never sent", code="conflict")

@@ -37,10 +37,11 @@ class ExportResult:
 
 @dataclass(frozen=True, slots=True)
 class Present:
-    """The record is there, complete, and ours."""
+    """The record is there, complete, and ours; ``surplus`` are the ids of further live copies of ours."""
 
     id: str
     url: str | None = None
+    surplus: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,9 @@ async def _forget(_facts: Mapping[str, Any]) -> None:
 @dataclass
 class ExportContext:
     """One record on its way to one destination.
+
+    ``purpose`` is ``create``, ``update`` or, for the last look-up after a success that followed an unknown outcome,
+    ``recheck``: ``verify`` then also looks for surplus copies.
 
     ``record_key`` is the same for every attempt, job and build of (session, destination): a key to look up by.
     ``remembered`` survives attempts and jobs; ``await remember(page="17")`` adds to it and is durable when it

@@ -92,7 +92,8 @@ class Caller:
             self._raise_if_lost(error)
             return Unsure(self._described(error))
         if isinstance(answer, Present):
-            return Present(storable(answer.id) or "", storable(answer.url))
+            surplus = tuple(storable(str(copy)) or "" for copy in answer.surplus)
+            return Present(storable(answer.id) or "", storable(answer.url), surplus)
         if isinstance(answer, Partial):
             return Partial(storable(answer.id) or "")
         if isinstance(answer, Unsure):

@@ -4,7 +4,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from consumer.destinations.contract import Absent, Answer, ExportResult, Partial, Present
 from consumer.destinations.registry import Registered
@@ -50,7 +50,8 @@ class Endings:
         lane = _lane_change(destination, verdict, now)
         if verdict.state is not StepState.DONE or not isinstance(ending, ExportResult):
             result = {"next_action": verdict.next_action, "timestamp": now.isoformat()}
-            return AttemptEnd(claim, replace(_change(claim, verdict), result=result), log, None, lane)
+            recheck_at = self._recheck_at(destination, now)
+            return AttemptEnd(claim, replace(_change(claim, verdict), result=result), log, None, lane, recheck_at)
         sha256 = claim.job.record_sha256
         copy = CopyChange(
             ending.record_id or "", ending.record_url, sha256, ending.stored_sha256 or sha256, claim.job.build_time
@@ -59,7 +60,12 @@ class Endings:
             log, success=True, record_id=ending.record_id, record_url=ending.record_url, metadata=ending.metadata
         )
         change = replace(_change(claim, verdict), result=step_result(ending, claim))
-        return AttemptEnd(claim, change, log, copy, lane)
+        return AttemptEnd(claim, change, log, copy, lane, self._recheck_at(destination, now))
+
+    @staticmethod
+    def _recheck_at(destination: Registered, now: datetime) -> datetime | None:
+        """Say when to look once more: what the server still commits after H is found then, and reported."""
+        return now + timedelta(seconds=destination.lane.settle_seconds) if destination.can_verify else None
 
     def of_look_up(
         self, claim: Claim, destination: Registered, answer: Answer | DestinationError, started: float
@@ -67,7 +73,7 @@ class Endings:
         """Judge a look-up: found, partly there, surely absent, or still unknown."""
         now = self._clock()
         if isinstance(answer, Present):
-            return self._found(claim, answer, now, started)
+            return self._found(claim, destination, answer, started)
         if isinstance(answer, DestinationError):
             return self._raised(claim, destination, answer, started)
         facts, policy = _facts(claim, now, counts=False), self._policy(destination)
@@ -81,17 +87,20 @@ class Endings:
             verdict = still_unknown(facts, policy, self._draw, answer.reason or "the look-up gave no answer")
         return AttemptEnd(claim, _change(claim, verdict, looked_up=True), None)
 
-    def _found(self, claim: Claim, answer: Present, now: datetime, started: float) -> AttemptEnd:
+    def _found(self, claim: Claim, destination: Registered, answer: Present, started: float) -> AttemptEnd:
+        now = self._clock()
         action = "updated" if claim.copy.record_id is not None else "created"
         result = stored_result(claim, now, action=action, record_id=answer.id, record_url=answer.url)
         verdict = Verdict(StepState.DONE, counts=False)
         log = replace(
             _log_entry(claim, now, started, verdict),
             success=True, record_id=answer.id, record_url=answer.url, purpose="verify", attempt=claim.step.attempts,
+            error_code="surplus_copy" if answer.surplus else None, error_message=surplus_message(answer) or None,
         )  # fmt: skip
         sha256 = claim.job.record_sha256
         copy = CopyChange(answer.id, answer.url, sha256, sha256, claim.job.build_time)
-        return AttemptEnd(claim, replace(_change(claim, verdict, looked_up=True), result=result), log, copy)
+        change = replace(_change(claim, verdict, looked_up=True), result=result)
+        return AttemptEnd(claim, change, log, copy, None, self._recheck_at(destination, now))
 
     def _raised(self, claim: Claim, destination: Registered, error: DestinationError, started: float) -> AttemptEnd:
         """Judge a look-up that raised; it is no attempt, so it is logged only where it ends the step."""
@@ -113,6 +122,13 @@ class Endings:
             settle_seconds=destination.lane.settle_seconds,
             can_verify=destination.can_verify,
         )
+
+
+def surplus_message(answer: Present) -> str:
+    """Say which further copies of ours a look-up found; empty when there are none."""
+    if not answer.surplus:
+        return ""
+    return f"besides {answer.id} there are copies of ours that the server committed late: {', '.join(answer.surplus)}"
 
 
 def skipped(claim: Claim, reason: str) -> AttemptEnd:

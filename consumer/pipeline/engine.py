@@ -259,13 +259,14 @@ class Engine:
                 record_url=copy.record_url, action="unchanged",
             )  # fmt: skip
             return self._endings.of_attempt(claim, destination, known, started)
-        context = await self._context(claim)
+        context = await self.context_of(claim)
         ending = await self.callers[destination.name].export(context)
         if isinstance(ending, Declined):
             return skipped(claim, "the destination does not accept this record")
         return self._endings.of_attempt(claim, destination, ending, started)
 
-    async def _context(self, claim: Claim) -> ExportContext:
+    async def context_of(self, claim: Claim) -> ExportContext:
+        """Build what the destination may know of a claimed record."""
         roots = (self._settings.instrument_root, self._settings.data_root)
         path = self._keeper.spool.path(claim.job.record_sha256 or "", claim.job.record_name or "")
         hashes: frozenset[str] = frozenset()
@@ -281,7 +282,7 @@ class Engine:
 
     async def _look_up(self, claim: Claim, destination: Registered, started: float) -> AttemptEnd:
         """Ask the destination what became of a request whose outcome is unknown."""
-        answer = await self.callers[destination.name].verify(await self._context(claim))
+        answer = await self.callers[destination.name].verify(await self.context_of(claim))
         return self._endings.of_look_up(claim, destination, answer, started)
 
     # --- T4: results ---------------------------------------------------------------------------------------

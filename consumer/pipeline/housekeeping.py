@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import datetime, timedelta
 from uuid import UUID
 
@@ -48,6 +49,7 @@ class Housekeeping:
         self.is_connected: Callable[[], bool] = lambda: True
         self._told_connected: bool | None = None
         self._checks: set[asyncio.Task[None]] = set()
+        self._probes: dict[str, asyncio.Task[None]] = {}
         self._signals = signals
 
     async def recover(self) -> int:
@@ -81,7 +83,7 @@ class Housekeeping:
             await self._decide(decisions, late)
         for lane in states.values():
             if lane.state is LaneState.PAUSED and lane.probe_at is not None and lane.probe_at <= now:
-                await self._probe(lane)
+                self._begin_probe(lane)
         if not self._database.is_sqlite:
             async with self._database.write() as connection:
                 await self._abandon(connection, await self._database.now(connection), everything=False)
@@ -126,12 +128,23 @@ class Housekeeping:
             moved = await self._progress.advance(connection, {*decisions, *(job for job, _ in late)}, now)
         self._progress.announce(moved)
 
+    def _begin_probe(self, lane: LaneRow) -> None:
+        """Probe beside everything else: a server that hangs must not stop the housekeeping."""
+        if lane.destination not in self._probes:
+            task = asyncio.create_task(self._probe(lane))
+            self._probes[lane.destination] = task
+            task.add_done_callback(lambda _: self._probes.pop(lane.destination, None))
+
     async def _probe(self, lane: LaneRow) -> None:
         """Ask a paused destination again, so that a mended token needs no command."""
         caller = self._callers.get(lane.destination)
         if caller is None:
             return
         problem = await caller.validate()
+        with suppress(*DatabaseError):  # it is probed again
+            await self._write_probe(lane, problem)
+
+    async def _write_probe(self, lane: LaneRow, problem: str | None) -> None:
         async with self._database.write() as connection:
             now = await self._database.now(connection)
             if problem is None:

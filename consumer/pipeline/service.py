@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket
+import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from uuid import UUID, uuid4
@@ -20,6 +21,7 @@ from consumer.pipeline.outbox import OutboxRelay
 from consumer.pipeline.outcome import Names
 from consumer.pipeline.progress import Progress
 from consumer.pipeline.reader import ReaderSettings, RecordReader
+from consumer.pipeline.recheck import Rechecks
 from consumer.pipeline.signals import Signals, wait
 from consumer.pipeline.snapshot import Spool
 from consumer.store import consumers, jobs
@@ -30,6 +32,7 @@ from consumer.telemetry import get_logger
 #: SIGTERM: running attempts may end by themselves for this long; the whole stop stays under 10 s.
 GRACE_SECONDS = 5.0
 DRAIN_SECONDS = 1.5
+STOP_SECONDS = 9.0
 
 _log = get_logger()
 
@@ -44,6 +47,7 @@ class Pipeline:
     keeper: Keeper
     engine: Engine
     housekeeping: Housekeeping
+    rechecks: Rechecks
     owner: str
 
 
@@ -77,6 +81,7 @@ def build_pipeline(settings: Settings, database: Database, registry: Registry) -
             database, registry, progress, signals, engine.callers,
             owner=owner, max_wait_seconds=settings.export_max_wait,
         ),
+        rechecks=Rechecks(database, engine.callers, engine.context_of),
         owner=owner,
     )  # fmt: skip
 
@@ -96,18 +101,34 @@ async def serve(pipeline: Pipeline, broker: Broker, stop: asyncio.Event) -> None
         keeper = group.create_task(pipeline.keeper.run(), name="keeper")
         engine = group.create_task(pipeline.engine.run(), name="engine")
         chores = group.create_task(pipeline.housekeeping.run(), name="housekeeping")
+        rechecks = group.create_task(pipeline.rechecks.run(), name="rechecks")
         outbox = group.create_task(relay.run(), name="outbox")
         await stop.wait()
         _log.info("stopping", running=pipeline.engine.busy)
+        deadline = _leave_by_force_after(STOP_SECONDS)
         broker.pause()
-        await _cancel(intake, keeper, chores)
+        await _cancel(intake, keeper, chores, rechecks)
         await pipeline.engine.stop(GRACE_SECONDS)
         await engine
         await _cancel(outbox)
         await _drain(relay, broker)
         await _cancel(connection)
     await _leave(pipeline)
+    deadline.cancel()
     _log.info("stopped")
+
+
+def _leave_by_force_after(seconds: float) -> threading.Timer:
+    """End the process if the orderly stop hangs: everything is in the database, as after a crash."""
+
+    def leave() -> None:
+        _log.error("stop_forced", reason=f"the orderly stop took over {seconds:g} s")
+        os._exit(0)
+
+    timer = threading.Timer(seconds, leave)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 async def _leave(pipeline: Pipeline) -> None:

@@ -297,15 +297,6 @@ async def reopen(connection: AsyncConnection, job: UUID, revision: int, now: dat
     return True
 
 
-async def next_moment(connection: AsyncConnection) -> datetime | None:
-    """Return the earliest stored time at which a job needs a snapshot or a decision."""
-    found = []
-    for column in (jobs.c.snapshot_due_at, jobs.c.decide_at):
-        query = select(column).where(column.is_not(None)).order_by(column).limit(1)
-        found.append((await connection.execute(query)).scalar())
-    return min((value for value in found if value is not None), default=None)
-
-
 def new_job_row(job: NewJob, now: datetime) -> JobRow:
     """Return a job as it was just inserted."""
     return JobRow(

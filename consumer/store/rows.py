@@ -257,3 +257,5 @@ class AttemptEnd:
     log: LogEntry | None
     copy: CopyChange | None = None
     lane: LaneChange | None = None
+    #: when to look once more, if an outcome was unknown before; H after now for those that can be asked
+    recheck_at: datetime | None = None

@@ -7,7 +7,22 @@ from typing import Any
 from uuid import UUID
 
 from pydantic_core import from_json, to_json
-from sqlalchemy import Integer, Row, Text, and_, bindparam, func, insert, or_, select, tuple_, update
+from sqlalchemy import (
+    Boolean,
+    Integer,
+    Row,
+    Text,
+    and_,
+    bindparam,
+    case,
+    func,
+    insert,
+    literal_column,
+    or_,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -146,7 +161,12 @@ async def _hold_copies(
 
 
 def _with_copy(item: Claim, row: Row[Any]) -> Claim:
-    copy = CopyRow(
+    return Claim(item.step, item.job, copy_row(row), row.fence, item.lease_until, item.siblings)
+
+
+def copy_row(row: Row[Any]) -> CopyRow:
+    """Build a frozen copy from a result row."""
+    return CopyRow(
         record_id=row.record_id,
         record_url=row.record_url,
         sent_sha256=row.sent_sha256,
@@ -155,7 +175,6 @@ def _with_copy(item: Claim, row: Row[Any]) -> Claim:
         remembered=from_json(row.remembered) if row.remembered else {},
         fence=row.fence,
     )
-    return Claim(item.step, item.job, copy, row.fence, item.lease_until, item.siblings)
 
 
 async def remember(connection: AsyncConnection, claimed: Claim, facts: Mapping[str, Any]) -> bool:
@@ -241,6 +260,11 @@ _copy = (
         stored_sha256=func.coalesce(bindparam("stored", type_=Text()), copies.c.stored_sha256),
         build_time=func.coalesce(bindparam("built", type_=Utc()), copies.c.build_time),
         remembered=func.coalesce(bindparam("facts", type_=Text()), copies.c.remembered),
+        recheck_at=case(
+            (or_(bindparam("unknown", type_=Boolean()), copies.c.recheck_at.is_not(None)),
+             func.coalesce(bindparam("recheck", type_=Utc()), copies.c.recheck_at)),
+            else_=None,
+        ),
     )
 )  # fmt: skip
 
@@ -259,6 +283,8 @@ def _copy_values(end: AttemptEnd) -> dict[str, Any]:
         "stored": change.stored_sha256 if change else None,
         "built": change.build_time if change else None,
         "facts": to_json(change.remembered).decode() if change and change.remembered else None,
+        "unknown": unsettled,
+        "recheck": end.recheck_at,
     }
 
 
@@ -312,7 +338,7 @@ async def abandoned_steps(connection: AsyncConnection, now: datetime, *, everyth
     """Return running steps without a live lease; ``everything``: at the start of the only engine, all of them."""
     same_copy = and_(copies.c.session == steps.c.session, copies.c.destination == steps.c.destination)
     query = select(steps.c.job_id, steps.c.destination).outerjoin(copies, same_copy)
-    query = query.where(steps.c.state == StepState.RUNNING)
+    query = query.where(steps.c.state == literal_column(f"'{StepState.RUNNING}'"))  # names the partial index
     if not everything:
         query = query.where(or_(copies.c.lease_until.is_(None), copies.c.lease_until < now)).with_for_update(
             of=steps, skip_locked=True
@@ -348,7 +374,7 @@ async def abandon(
         update(copies)
         .where(copies.c.session == row.session, copies.c.destination == destination)
         .values(fence=copies.c.fence + 1, owner=None, lease_until=None,
-                holder=text_of(job) if can_verify else None)
+                holder=text_of(job) if can_verify else None, recheck_at=now if can_verify else None)
     )  # fmt: skip
     await connection.execute(
         insert(upload_log).values(
@@ -359,17 +385,12 @@ async def abandon(
     )  # fmt: skip
 
 
-async def next_attempt(connection: AsyncConnection) -> datetime | None:
-    """Return the earliest time at which a step is due."""
-    query = select(func.min(steps.c.next_attempt_at)).where(steps.c.state.in_((StepState.DUE, StepState.UNSETTLED)))
-    value: datetime | None = (await connection.execute(query)).scalar()
-    return value
-
-
 async def waited_too_long(connection: AsyncConnection, cutoff: datetime) -> list[tuple[UUID, str]]:
     """Return steps that have waited since before ``cutoff``: their lane is paused or gone."""
     query = select(steps.c.job_id, steps.c.destination).where(
-        steps.c.state.in_((StepState.DUE, StepState.UNSETTLED)), steps.c.due_since < cutoff
+        steps.c.next_attempt_at.is_not(None),
+        steps.c.state.in_((StepState.DUE, StepState.UNSETTLED)),
+        steps.c.due_since < cutoff,
     )
     return [(uuid_of(row.job_id), row.destination) for row in await connection.execute(query.limit(500))]
 

@@ -84,8 +84,8 @@ def steps() -> None:
         sa.Column("result", sa.Text),
         sqlite_with_rowid=False,
     )
-    where = "state IN ('due', 'running', 'unsettled')"
-    partial_index("ix_steps_open", "steps", ["destination", "state", "next_attempt_at"], where)
+    partial_index("ix_steps_waiting", "steps", ["destination", "next_attempt_at"], "next_attempt_at IS NOT NULL")
+    partial_index("ix_steps_running", "steps", ["state"], "state = 'running'")
 
 
 def copies_and_lanes() -> None:
@@ -107,6 +107,7 @@ def copies_and_lanes() -> None:
         sa.Column("lease_until", moment()),
         sqlite_with_rowid=False,
     )
+    partial_index("ix_copies_recheck_at", "copies", ["recheck_at"], "recheck_at IS NOT NULL")
     op.create_table(
         "lanes",
         sa.Column("destination", sa.String(100), primary_key=True),

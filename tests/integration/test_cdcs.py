@@ -673,12 +673,18 @@ async def test_of_two_equal_copies_the_first_counts_and_the_other_is_reported(
     context = context_of()
     content = context.xml_file_path.read_text()
     first, second = [await upload(rest, context.xml_file_path.stem, content) for _ in range(2)]
-    with capture_logs() as logs:
-        answer = await make().verify(context)
-    assert answer == Present(first, f"{rest.base_url}data?id={first}")
-    assert [(entry["event"], entry["record_id"], entry["surplus"]) for entry in logs] == [
-        ("surplus_copy", first, [int(second)])
-    ]
+    assert await make().verify(context) == Present(first, f"{rest.base_url}data?id={first}", (second,))
+
+
+async def test_the_last_look_up_keeps_the_copy_that_the_outcome_names(
+    rest: httpx.AsyncClient, make: MakeDestination, context_of: MakeContext
+) -> None:
+    context = context_of(purpose="recheck")
+    content = context.xml_file_path.read_text()
+    late, named = [await upload(rest, context.xml_file_path.stem, content) for _ in range(2)]
+    sha256 = hashlib.sha256(content.encode()).hexdigest()
+    context.last_export = LastExport(named, None, sha256, sha256)
+    assert await make().verify(context) == Present(named, f"{rest.base_url}data?id={named}", (late,))
 
 
 async def test_a_copy_made_with_an_older_schema_version_is_found(

@@ -115,6 +115,24 @@ async def export(self, context):
 async def verify(self, context):
     return Partial("17")
 """,
+    "late": """
+async def export(self, context):
+    note("export", context)
+    raise UnknownOutcome("the connection was reset")
+
+async def verify(self, context):
+    note("verify", context, purpose=context.purpose, last=context.last_export and context.last_export.record_id)
+    return Present("1", None, ("2", "3") if context.purpose == "recheck" else ())
+""",
+    "vanished": """
+async def export(self, context):
+    note("export", context)
+    raise UnknownOutcome("the connection was reset")
+
+async def verify(self, context):
+    note("verify", context, purpose=context.purpose)
+    return Absent() if context.purpose == "recheck" else Present("1")
+""",
     "choosy": """
 def accepts(self, context):
     return False
@@ -186,6 +204,8 @@ EVENTS: dict[str, dict[str, Any]] = {
     "found": {"destinations": ["found"]},
     "absent": {"destinations": ["absent"]},
     "halved": {"destinations": ["halved"]},
+    "late": {"destinations": ["late"]},
+    "vanished": {"destinations": ["vanished"]},
     "choosy": {"destinations": ["choosy", "first"]},
     "only choosy": {"destinations": ["choosy"]},
 }
@@ -222,6 +242,8 @@ def running(rabbitmq: RabbitServer, tmp_path_factory: pytest.TempPathFactory) ->
         "NX_HANGING_TIMEOUT_SECONDS": "1",
         "NX_SLEEPING_TIMEOUT_SECONDS": "1",
         "NX_ABSENT_SETTLE_SECONDS": f"{SETTLE_SECONDS:g}",
+        "NX_LATE_SETTLE_SECONDS": f"{SETTLE_SECONDS:g}",
+        "NX_VANISHED_SETTLE_SECONDS": f"{SETTLE_SECONDS:g}",
     }
     with site(tmp_path_factory.mktemp("strategies"), url, **settings) as (here, bus):
         for position, (name, text) in enumerate(PLUGINS.items()):
@@ -365,6 +387,31 @@ def test_what_is_absent_is_sent_again_only_when_the_server_has_settled(running: 
     assert any(at - first["at"] >= SETTLE_SECONDS for at in looked)
 
 
+def test_a_copy_committed_late_is_found_by_a_last_look_up_and_reported(running: Running) -> None:
+    assert running.outcome("late").data["status"] == "COMPLETED"
+    running.service.wait_for(lambda: len(running.site.log_rows("late")) == 3, "the last look-up", seconds=20)
+    row = running.site.log_rows("late")[-1]
+    assert (row["error_code"], row["purpose"], row["record_id"]) == ("surplus_copy", "verify", "1")
+    assert "2, 3" in row["error_message"]
+    first, *_, last = running.calls("late", "late", "verify")
+    assert (last["purpose"], last["last"]) == ("recheck", "1")
+    assert last["at"] - first["at"] >= SETTLE_SECONDS
+    assert len(running.calls("late", "late")) == 1
+    assert len(running.bus.outcomes("late")) == 1
+
+
+def test_a_copy_that_vanishes_after_its_outcome_is_reported(running: Running) -> None:
+    assert running.outcome("vanished").data["status"] == "COMPLETED"
+    running.service.wait_for(lambda: len(running.site.log_rows("vanished")) == 3, "the last look-up", seconds=20)
+    row = running.site.log_rows("vanished")[-1]
+    assert (row["error_code"], bool(row["success"])) == ("copy_missing", False)
+
+
+def test_a_success_without_an_unknown_outcome_is_not_looked_at_again(running: Running) -> None:
+    running.outcome("all well")
+    assert not running.site.sql("SELECT 1 FROM copies WHERE recheck_at IS NOT NULL AND destination = 'first'")
+
+
 def test_what_is_there_in_part_is_completed_from_what_was_remembered(running: Running) -> None:
     assert running.outcome("halved").data["status"] == "COMPLETED"
     assert [call["page"] for call in running.calls("halved", "halved")] == [None, "17"]
@@ -381,6 +428,8 @@ def test_a_destination_may_decline_a_record(running: Running) -> None:
 def test_each_event_has_one_outcome_and_nothing_runs_again_after_a_restart(running: Running) -> None:
     for name in EVENTS:
         running.outcome(name)
+    looked = "SELECT 1 FROM copies WHERE recheck_at IS NOT NULL AND destination IN ('absent', 'late', 'vanished')"
+    running.service.wait_for(lambda: not running.site.sql(looked), "the last look-ups")
     before = {plugin: len(running.site.ledger(plugin, None)) for plugin in PLUGINS}
     running.service.shut_down()
     running.service = running.site.start()

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import http.client
 import json
+import os
 import secrets
 import socket
 import subprocess
@@ -20,13 +21,29 @@ START_SECONDS = 60
 STOP_SECONDS = 20
 GUEST = "Basic " + base64.b64encode(b"guest:guest").decode()
 AMQP_HEADER = b"AMQP\x00\x00\x09\x01"
+# Runs a program in another root folder, with the node's own folder at its place there. The mounts belong to the
+# program alone: they are gone with it, however it ends.
+IN_ROOT = """set -e
+for name in proc dev; do mount --rbind "/$name" "$0/$name"; done
+mkdir -p "$0$1"
+mount --bind "$1" "$0$1"
+root=$0
+shift
+exec chroot "$root" "$@"
+"""
 
 
 class RabbitServer:
-    """One RabbitMQ node. Its data, name and ports stay in the folder and serve the next start there again."""
+    """One RabbitMQ node. Its data, name and ports stay in the folder and serve the next start there again.
 
-    def __init__(self, folder: Path, *, port: int | None = None, management: bool = False) -> None:
+    With `root` the programs of that root folder run (another Debian, see debian13.py), which only root may do.
+    """
+
+    def __init__(
+        self, folder: Path, *, port: int | None = None, management: bool = False, root: Path | None = None
+    ) -> None:
         self.folder = folder.resolve()
+        self._root = root.resolve() if root else None
         self._wanted_port = port
         self._management = management
         self._child: Child | None = None
@@ -68,13 +85,14 @@ class RabbitServer:
         """Start the node and return when it answers; it does nothing when already started."""
         if self._child is not None:
             return
-        if not (SCRIPTS / "rabbitmq-server").exists():
-            raise ServerError("rabbitmq-server is not installed; run `sh tools/packages.sh rabbitmq`")
+        installed = (self._root or Path("/")) / SCRIPTS.relative_to("/") / "rabbitmq-server"
+        if not os.path.lexists(installed):  # in another root its target is not where the link says
+            raise ServerError(f"there is no {installed}; run `sh tools/packages.sh rabbitmq`")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._choose_names()
         self._write_configuration()
         child = Child(
-            [SCRIPTS / "rabbitmq-server"],
+            self._command("rabbitmq-server"),
             env=self._environment(),
             log=self.folder / "server.log",
             cwd=self.folder,
@@ -104,7 +122,7 @@ class RabbitServer:
         # Without these it takes a port from 35672 up, which any client of this machine may hold.
         own_port = str(free_port())
         result = subprocess.run(
-            [SCRIPTS / "rabbitmqctl", "--node", self.name, *arguments],
+            self._command("rabbitmqctl", "--node", self.name, *arguments),
             env=clean_environment(
                 HOME=str(self.folder),
                 RABBITMQ_CONF_ENV_FILE=str(self.folder / "env.conf"),
@@ -151,6 +169,12 @@ class RabbitServer:
     def delete_vhost(self, name: str) -> None:
         """Delete a virtual host with all it holds, closing the connections to it. Needs management."""
         self.api("DELETE", f"vhosts/{name}")
+
+    def _command(self, program: str, *arguments: str) -> list[str | Path]:
+        command = [SCRIPTS / program, *arguments]
+        if self._root is None:
+            return command
+        return ["unshare", "--mount", "/bin/sh", "-c", IN_ROOT, self._root, self.folder, *command]
 
     def _choose_names(self) -> None:
         """Take name and ports from the folder's last start; a port that is taken now is chosen anew.

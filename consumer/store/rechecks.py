@@ -1,0 +1,66 @@
+"""Copies that are looked at once more, H after a success that followed an unknown outcome."""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import and_, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from consumer.store.jobs import job_row, step_row
+from consumer.store.rows import Claim, StepState
+from consumer.store.steps import copy_row
+from consumer.store.tables import copies, jobs, steps, upload_log
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What the last look-up found wrong."""
+
+    code: str
+    message: str
+
+
+async def due(connection: AsyncConnection, now: datetime, limit: int) -> list[Claim]:
+    """Return copies whose last look-up is due and that nobody works on, with the step that made them."""
+    query = select(copies).where(copies.c.recheck_at <= now, copies.c.holder.is_(None)).limit(limit)
+    found = []
+    for copy in (await connection.execute(query)).all():
+        made = (
+            select(steps)
+            .join(jobs, jobs.c.id == steps.c.job_id)
+            .where(
+                jobs.c.session == copy.session,
+                steps.c.destination == copy.destination,
+                steps.c.state == StepState.DONE,
+            )
+            .order_by(jobs.c.build_time.desc())
+            .limit(1)
+        )
+        step = (await connection.execute(made)).first()
+        if step is None:
+            await finish(connection, copy.session, copy.destination, copy.fence, None)
+            continue
+        job = (await connection.execute(select(jobs).where(jobs.c.id == step.job_id))).one()
+        found.append(Claim(step_row(step), job_row(job), copy_row(copy), copy.fence, now, ()))
+    return found
+
+
+async def finish(
+    connection: AsyncConnection, session: str, destination: str, fence: int, again_at: datetime | None
+) -> bool:
+    """Note that a copy was looked at (or when to look again); False when somebody has worked on it meanwhile."""
+    where = and_(copies.c.session == session, copies.c.destination == destination, copies.c.fence == fence)
+    changed = await connection.execute(update(copies).where(where).values(recheck_at=again_at))
+    return bool(changed.rowcount)
+
+
+async def report(connection: AsyncConnection, claim: Claim, finding: Finding, now: datetime) -> None:
+    """Write what the last look-up found into upload_log."""
+    await connection.execute(
+        insert(upload_log).values(
+            session_identifier=claim.step.session, destination_name=claim.step.destination,
+            success=finding.code == "surplus_copy", timestamp=now, record_id=claim.copy.record_id,
+            record_url=claim.copy.record_url, error_message=finding.message, error_code=finding.code,
+            event_id=claim.job.event_id, source=claim.job.source, attempt=claim.step.attempts, purpose="verify",
+        )
+    )  # fmt: skip

@@ -1,0 +1,203 @@
+# ruff: noqa: T201 - this program talks to a person
+"""Kill consumer and broker at random moments while records go to a misbehaving server, then look for damage."""
+
+import argparse
+import asyncio
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from tests.storm.check import Report, check, read_evidence
+from tests.storm.traffic import Announced, Traffic, announce, queue_lengths
+from tests.storm.world import DESTINATIONS, SETTLE_SECONDS, StormError, World
+
+#: From the readiness of a consumer to the next kill, at most.
+LONGEST_LIFE_SECONDS = 4.0
+#: Some kills come while a consumer still starts: this share of them, within that time.
+YOUNG_SHARE = 0.15
+YOUNG_SECONDS = 1.2
+BROKER_SHARE = 0.1
+#: About how long a kill takes together with the life before it; sets the pace of publishing.
+CYCLE_SECONDS = 3.5
+READY_SECONDS = 40.0
+TELL_SECONDS = 5.0
+LOOK_SECONDS = 0.02
+#: After the end nothing more may come for so long.
+QUIET_SECONDS = SETTLE_SECONDS + 3.0
+
+
+class Storm:
+    """One run: traffic, kills, and the wait for the end of all work."""
+
+    def __init__(self, options: argparse.Namespace, world: World, traffic: Traffic) -> None:
+        self._options = options
+        self._world = world
+        self._traffic = traffic
+        self._rng = random.Random(f"{options.seed}:kills")  # noqa: S311 - has to be repeatable, not secret
+        self._began = time.monotonic()
+        self._ends_at = self._began + options.minutes * 60
+        self._told_at = 0.0
+        self.kills: Counter[str] = Counter()
+
+    def run(self) -> None:
+        """Kill as often as wanted, then wait until nothing is open."""
+        self._let_publish()
+        self._world.start_consumer()
+        while self.kills.total() < self._options.kills:
+            self._live_for_a_while()
+            self._await_work()
+            if self._rng.random() < BROKER_SHARE:
+                self._count("broker")
+                self._world.kill_broker()
+            else:
+                self._count("consumer")
+                self._world.kill_consumer()
+        self._await_end()
+
+    def _count(self, what: str) -> None:
+        self.kills[what] += 1
+        self._let_publish()
+
+    def _let_publish(self) -> None:
+        """Spread the records over the kills, so that there is work for the last one too."""
+        wanted, count = self._options.kills, self._options.records
+        share = (self.kills.total() + 1) / wanted if wanted else 1.0
+        self._traffic.quota = min(count, -int(-count * share // 1))
+
+    def _live_for_a_while(self) -> None:
+        """Let the consumer live to a random moment: seldom during its start, else some time after it."""
+        if self._rng.random() < YOUNG_SHARE:
+            self._pass(self._rng.uniform(0, YOUNG_SECONDS))
+            return
+        until = time.monotonic() + READY_SECONDS
+        while not self._world.consumer_ready():
+            if time.monotonic() > until:
+                raise StormError(self._still_open("the consumer does not get ready"))
+            self._pass(LOOK_SECONDS)
+        self._pass(self._rng.uniform(0, LONGEST_LIFE_SECONDS))
+
+    def _await_work(self) -> None:
+        """Wait for a moment at which a kill meets something half done."""
+        while not self._world.open_work().in_flight:
+            self._pass(LOOK_SECONDS)
+
+    def _await_end(self) -> None:
+        """Wait until every record has its outcome and nothing is open anywhere."""
+        quiet_since = time.monotonic()
+        while time.monotonic() - quiet_since < QUIET_SECONDS:
+            answered = len(self._traffic.causes) >= self._options.records
+            if not (answered and self._world.open_work().idle) or self._world.server_state()["pending"]:
+                quiet_since = time.monotonic()
+            self._pass(0.2)
+
+    def _pass(self, seconds: float) -> None:
+        """Let time pass, look after everything, and tell how it goes."""
+        time.sleep(seconds)
+        self._world.check_alive()
+        if self._traffic.failure is not None:
+            raise StormError(f"builder or listener ended: {self._traffic.failure!r}")
+        now = time.monotonic()
+        if now > self._ends_at:
+            raise StormError(self._still_open(f"not over after {self._options.minutes:g} minutes"))
+        if now - self._told_at >= TELL_SECONDS:
+            self._told_at = now
+            print(f"{now - self._began:6.1f} s: {self._progress()}", flush=True)
+
+    def _progress(self) -> str:
+        found, traffic = self._world.open_work(), self._traffic
+        steps = ", ".join(f"{count} {state}" for state, count in sorted(found.steps.items())) or "none"
+        return (
+            f"{self.kills.total()}/{self._options.kills} kills ({self.kills['broker']} of the broker), "
+            f"{traffic.published}/{self._options.records} published, {len(traffic.causes)} outcomes; "
+            f"steps: {steps}; {found.unsent} unsent, {found.rechecks} to be looked at again"
+        )
+
+    def _still_open(self, why: str) -> str:
+        return "\n  ".join([f"{why}: {self._progress()}", *self._world.waiting_steps()])
+
+
+def storm(options: argparse.Namespace, folder: Path) -> tuple[Report, int]:
+    """Do everything; returns what was found and how many kills there were."""
+    events = announce(folder / "records", options.records, options.seed)
+    world = World(folder, options.seed)
+    try:
+        world.start()
+        interval = CYCLE_SECONDS * max(1, options.kills) / options.records / 2
+        with Traffic(world.rabbit.url, events, interval) as traffic:
+            if not traffic.listening.wait(READY_SECONDS):
+                raise StormError("the listener found no broker")
+            run = Storm(options, world, traffic)
+            run.run()
+            world.stop_consumer()
+        print(f"the server's faults: {world.server_state()['met']}", flush=True)
+        return look_at(events, traffic, world), run.kills.total()
+    finally:
+        world.close()
+
+
+def look_at(events: list[Announced], traffic: Traffic, world: World) -> Report:
+    """Check everything that is left behind."""
+    report = check(read_evidence(events, traffic.heard, world.ledgers, world.database), DESTINATIONS, SETTLE_SECONDS)
+    left = asyncio.run(queue_lengths(world.rabbit.url))
+    if any(left.values()):
+        report.problems.append(f"messages were left: {left}")
+    return report
+
+
+def summary(options: argparse.Namespace, report: Report, kills: int) -> str:
+    """Write the last line."""
+    return (
+        f"kill-storm: seed {options.seed}, {options.records} records, {kills} kills, lost {len(report.lost)}, "
+        f"duplicated {len(report.duplicated)}, {report.settled} unknown outcomes settled, "
+        f"{report.late_reported} late commits reported, {report.outcomes} outcomes"
+    )
+
+
+def read_options(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.storm.run", description=__doc__)
+    parser.add_argument("--records", type=int, default=60)
+    parser.add_argument("--kills", type=int, help="default: one for ten records")
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--minutes", type=float, help="longest run; default: enough for a slow machine")
+    options = parser.parse_args(arguments)
+    if options.records < 1:
+        parser.error("--records: at least 1")
+    if options.kills is None:
+        options.kills = max(10, options.records // 10)
+    if options.minutes is None:
+        options.minutes = 5 + options.kills * 8 / 60
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a storm; exit code 1 when anything was lost, duplicated, not reported, or otherwise wrong."""
+    options = read_options(arguments)
+    print(f"kill-storm: seed {options.seed}, {options.records} records, {options.kills} kills", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    folder = Path(tempfile.mkdtemp(prefix="nexus-storm-"))
+    try:
+        report, kills = storm(options, folder)
+    except StormError as error:
+        print(f"kill-storm failed (seed {options.seed}): {error}\neverything is kept in {folder}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted; everything is kept in {folder}", file=sys.stderr)
+        return 130
+    for line in report.details():
+        print(line, flush=True)
+    if report.good:
+        shutil.rmtree(folder)
+    else:
+        print(f"everything is kept in {folder}", flush=True)
+    print(summary(options, report, kills), flush=True)
+    return 0 if report.good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
