@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check e2e bench lock docs-reference clean
+.PHONY: help run test check e2e bench kill-storm crash-matrix mutants lock docs-reference clean
 
 help: ## list the commands
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -29,6 +29,18 @@ e2e: $(VENV)/dev.stamp ## 200 records through a real broker, a real CDCS and the
 bench: $(VENV)/dev.stamp ## queue to confirmed outcome, beside a bare aio-pika loop and FastStream
 	@sh tools/packages.sh rabbitmq
 	@$(BIN)/python -m benchmarks.overhead
+
+kill-storm: $(VENV)/dev.stamp ## records under hundreds of kill -9, checked against the servers' own ledgers
+	@sh tools/packages.sh rabbitmq
+	@$(BIN)/python -m tests.storm.run --records 2000 --kills 200 --seed 7
+
+crash-matrix: $(VENV)/dev.stamp ## one crash at each effect that a record has, then restart and compare
+	@sh tools/packages.sh rabbitmq postgresql
+	@$(BIN)/python -m tests.crash.run --database both
+
+mutants: $(VENV)/dev.stamp ## take out each guarantee once and see its test fail
+	@sh tools/packages.sh rabbitmq postgresql
+	@$(BIN)/python -m tools.mutants
 
 docs-reference: $(VENV)/dev.stamp ## write the schemas in docs/reference from the models
 	$(BIN)/nexus-export schema --write docs/reference

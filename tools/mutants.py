@@ -151,18 +151,24 @@ def run_tests(copy: Path, tests: Sequence[str], seconds: float, changed: Sequenc
     return Ran(done.returncode, tuple(found["failed"]), found["modules"], output)
 
 
-def is_killed(mutant: Mutant, copy: Path) -> bool:
-    """Tell whether the test of a mutant turns red; raises ``MutantError`` where that would prove nothing."""
+def what_noticed(mutant: Mutant, copy: Path) -> str | None:
+    """Return what the test of a mutant says when it turns red, None when it stays green.
+
+    Raises ``MutantError`` where a red test would prove nothing.
+    """
     with applied(mutant, copy):
         ran = run_tests(copy, [mutant.test], TEST_SECONDS, mutant.files)
+    if ran.code not in {pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED}:
+        raise MutantError(f"pytest ended with {ran.code}, which is no failed test:\n{ran.output}")
     for file, origin in ran.modules.items():
         if origin != str(copy / file):
             raise MutantError(f"its test runs {origin or 'nothing'} in place of the changed {file}")
-    if ran.code not in {pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED}:
-        raise MutantError(f"pytest ended with {ran.code}, which is no failed test:\n{ran.output}")
     if set(ran.failed) - {"call"}:
         raise MutantError(f"its test fails outside of its own lines:\n{ran.output}")
-    return ran.code == pytest.ExitCode.TESTS_FAILED
+    if ran.code == pytest.ExitCode.OK:
+        return None
+    said = [line.removeprefix("E ").strip() for line in ran.output.splitlines() if line.startswith("E ")]
+    return next(filter(None, said), "a failure without a word")
 
 
 def check_unchanged(mutants: Sequence[Mutant], copy: Path) -> None:
@@ -180,8 +186,8 @@ def try_mutants(mutants: Sequence[Mutant], copy: Path) -> int:
     for item in mutants:
         started = time.monotonic()
         try:
-            dead = is_killed(item, copy)
-            word = "killed" if dead else "SURVIVED"
+            said = what_noticed(item, copy)
+            dead, word = said is not None, f"killed: {said[:60]}" if said else "SURVIVED"
         except MutantError as error:
             dead, word = False, f"ERROR: {error}"
         killed += dead

@@ -15,7 +15,7 @@ from consumer.store.rows import Claim
 from consumer.telemetry import get_logger
 
 BATCH = 20
-AGAIN_SECONDS = 60.0
+AGAIN_SECONDS = 15.0
 IDLE_SECONDS = 1.0
 
 _log = get_logger()

@@ -22,7 +22,18 @@ class Finding:
 
 async def due(connection: AsyncConnection, now: datetime, limit: int) -> list[Claim]:
     """Return copies whose last look-up is due and that nobody works on, with the step that made them."""
-    query = select(copies).where(copies.c.recheck_at <= now, copies.c.holder.is_(None)).limit(limit)
+    # a step that is still to be tried again keeps its last look-up for its own end
+    is_made = (
+        select(steps.c.job_id)
+        .join(jobs, jobs.c.id == steps.c.job_id)
+        .where(
+            jobs.c.session == copies.c.session,
+            steps.c.destination == copies.c.destination,
+            steps.c.state == StepState.DONE,
+        )
+        .exists()
+    )
+    query = select(copies).where(copies.c.recheck_at <= now, copies.c.holder.is_(None), is_made).limit(limit)
     found = []
     for copy in (await connection.execute(query)).all():
         made = (
@@ -36,10 +47,7 @@ async def due(connection: AsyncConnection, now: datetime, limit: int) -> list[Cl
             .order_by(jobs.c.build_time.desc())
             .limit(1)
         )
-        step = (await connection.execute(made)).first()
-        if step is None:
-            await finish(connection, copy.session, copy.destination, copy.fence, None)
-            continue
+        step = (await connection.execute(made)).one()
         job = (await connection.execute(select(jobs).where(jobs.c.id == step.job_id))).one()
         found.append(Claim(step_row(step), job_row(job), copy_row(copy), copy.fence, now, ()))
     return found

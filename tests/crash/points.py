@@ -21,6 +21,12 @@ _service = os.getpid()
 _prefix = ""
 
 
+def in_service() -> None:
+    """Say that this is the service, forked or not."""
+    global _service  # noqa: PLW0603
+    _service = os.getpid()
+
+
 def in_reader(service: int) -> None:
     """Say that this is the process that reads records; a crash here takes the whole service."""
     global _service, _prefix

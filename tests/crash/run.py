@@ -13,12 +13,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 from tests.crash.checks import Problem, problems_of
+from tests.crash.nursery import Nursery
 from tests.crash.scenarios import SCENARIOS
 from tests.crash.world import Remote, World
 from tests.integration.harness import Bus, Site
@@ -33,7 +34,6 @@ R = TypeVar("R")
 DATABASES = ("sqlite", "postgresql")
 PROJECT = Path(__file__).resolve().parents[2]
 PLUGIN = Path(__file__).with_name("destination.py")
-AT_ONCE = 2
 #: A point that a run did not pass gets so many more runs: which commit takes what is a matter of time.
 MORE_RUNS = 3
 
@@ -70,7 +70,9 @@ class Stage:
     folder: Path
     rabbit: RabbitServer
     remote_port: int
+    nursery: Nursery
     postgres: PostgresServer | None
+    at_once: int
     numbers: Iterator[int] = field(default_factory=itertools.count)
 
     @contextmanager
@@ -89,14 +91,14 @@ class Stage:
             stack.callback(remote.forget)
             site = Site(folder, url, database, NX_DOORS_URL=remote.url, NX_LOCAL_ARCHIVE_TIMEOUT_SECONDS="5")
             (site.plugins / "doors.py").write_bytes(PLUGIN.read_bytes())
-            world = World(site, stack.enter_context(Bus(url)), remote, case.point)
+            world = World(site, stack.enter_context(Bus(url)), remote, self.nursery, case.point)
             stack.callback(shutil.rmtree, folder)
             stack.callback(world.kill)
             yield world
 
 
 @contextmanager
-def staged(databases: Sequence[str]) -> Iterator[Stage]:
+def staged(databases: Sequence[str], at_once: int) -> Iterator[Stage]:
     """Start the servers."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="crash-")))
@@ -108,7 +110,7 @@ def staged(databases: Sequence[str]) -> Iterator[Stage]:
         command = [sys.executable, "-m", "tests.crash.server", str(port)]
         server = Child(command, env=clean_environment(), log=folder / "server.log", cwd=PROJECT)
         stack.callback(server.stop, 5)
-        yield Stage(folder, rabbit, port, postgres)
+        yield Stage(folder, rabbit, port, stack.enter_context(Nursery()), postgres, at_once)
 
 
 def perform(stage: Stage, case: Case) -> Result:
@@ -121,21 +123,38 @@ def perform(stage: Stage, case: Case) -> Result:
             problems = tuple(problems_of(world))
         except Exception as error:  # noqa: BLE001 - whatever broke a run is told with it; the others go on
             broken = Problem("wrong", f"{type(error).__name__}: {error}")
-            return Result(case, (broken,), world.reached, log=world.log())
+            log = world.log()
+            return Result(case, (broken, *left_behind(world)), world.reached, log=log)
         trace = world.trace.read_text().splitlines() if world.trace.exists() else []
         log = world.log() if problems else ""
         return Result(case, problems, world.reached, tuple(dict.fromkeys(trace)), log)
 
 
+def left_behind(world: World) -> list[Problem]:
+    """Check a run that did not come to its end, as far as it can be checked."""
+    world.kill()
+    with suppress(Exception):  # what broke it is told already
+        return problems_of(world)
+    return []
+
+
 def points_of(stage: Stage, database: str, scenarios: Sequence[str]) -> tuple[list[Case], list[Result]]:
     """Trace scenarios twice: what both runs passed are the points. Returns also the runs that went wrong."""
     cases = [Case(database, scenario) for scenario in scenarios]
-    results = each(lambda case: perform(stage, case), [*cases, *cases])
+    results = each(lambda case: perform(stage, case), [*cases, *cases], stage.at_once)
     found = []
     for scenario in scenarios:
         first, second = (result.trace for result in results if result.case.scenario == scenario)
-        found += [Case(database, scenario, point) for point in first if point in set(second)]
+        found += [Case(database, scenario, point) for point in own(scenario, first) if point in set(second)]
     return found, [result for result in results if not result.good]
+
+
+def own(scenario: str, trace: Sequence[str]) -> list[str]:
+    """Leave out what is the same in every scenario, start and stop, but for the first."""
+    if scenario == next(iter(SCENARIOS)):
+        return list(trace)
+    begun = itertools.dropwhile(lambda point: "Intake." not in point, trace)
+    return [point for point in begun if "_leave" not in point]
 
 
 def crash(stage: Stage, case: Case) -> Result:
@@ -151,9 +170,9 @@ def crash(stage: Stage, case: Case) -> Result:
     return result
 
 
-def each(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """Do some at once, all in order."""
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+def each(work: Callable[[T], R], items: Sequence[T], at_once: int) -> list[R]:
+    """Do some at once; the results come in order."""
+    with ThreadPoolExecutor(at_once) as pool:
         return list(pool.map(work, items))
 
 
@@ -182,9 +201,10 @@ def matrix(stage: Stage, given: argparse.Namespace, databases: Sequence[str]) ->
         if given.tenth is not None:
             draw = random.Random(given.tenth)  # noqa: S311 - a sample, not a secret
             cases = draw.sample(cases, max(1, len(cases) // 10))
+        sys.stdout.write(f"{len(cases)} points on {database}\n")
         for result in traced:
             show(result)
-        done = each(lambda case: crash(stage, case), cases)
+        done = each(lambda case: crash(stage, case), cases, stage.at_once)
         counts.append(f"{sum(result.good for result in done)}/{len(done)}{'' if counts else ' points'} on {database}")
         results += [*traced, *done]
     bad = [result for result in results if not result.good]
@@ -202,10 +222,11 @@ def main() -> int:
     parser.add_argument("--tenth", type=int, metavar="SEED", help="only a tenth of the points, drawn by this seed")
     parser.add_argument("--scenario", choices=tuple(SCENARIOS))
     parser.add_argument("--point", help="only this point; as printed for one that failed")
+    parser.add_argument("--at-once", type=int, default=2, help="runs at the same time")
     given = parser.parse_args()
     databases = DATABASES if given.database == "both" else (given.database,)
     started = time.monotonic()
-    with staged(databases) as stage:
+    with staged(databases, given.at_once) as stage:
         good = matrix(stage, given, databases)
     sys.stderr.write(f"{time.monotonic() - started:.0f} s\n")
     return 0 if good else 1

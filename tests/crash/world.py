@@ -4,7 +4,6 @@ import http.client
 import json
 import signal
 import sqlite3
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,7 +14,8 @@ import asyncpg
 
 from tests.crash import points
 from tests.crash.doors import LEASE_MARGIN
-from tests.integration.harness import Bus, Heard, Service, Site, built, job_of, outcome_id
+from tests.crash.nursery import Nursery, Service
+from tests.integration.harness import Bus, Heard, Site, built, job_of, outcome_id
 from tools.records import Record
 from tools.servers.process import tail
 
@@ -83,11 +83,13 @@ class Remote:
 class World:
     """What scenarios act on and checks look at."""
 
-    def __init__(self, site: Site, bus: Bus, remote: Remote, point: str | None) -> None:
+    def __init__(self, site: Site, bus: Bus, remote: Remote, nursery: Nursery, point: str | None) -> None:
         self.site = site
         self.bus = bus
         self.remote = remote
+        self._nursery = nursery
         self.point = point
+        self.services: list[Service] = []
         self.expected: list[Expected] = []
         #: for each session what its copies must be in the end, newest first; what was before lies in the archive
         self.contents: dict[str, list[Record]] = {}
@@ -107,7 +109,7 @@ class World:
 
     def log(self) -> str:
         """Return the ends of all logs."""
-        return "".join(tail(service.log) for service in self.site.running)
+        return "".join(tail(service.log) for service in self.services)
 
     # --- what scenarios do -----------------------------------------------------------------------------------
 
@@ -156,7 +158,7 @@ class World:
 
     def ready(self) -> None:
         """Wait until messages find the work queue."""
-        self.wait(lambda: any('"broker_connected"' in item.logged() for item in self.site.running), "the service")
+        self.wait(lambda: any('"broker_connected"' in item.logged() for item in self.services), "the service")
 
     def finish(self) -> None:
         """Wait until everything is over, give a late point its chance, and stop the service in order."""
@@ -165,19 +167,15 @@ class World:
             until = time.monotonic() + IDLE_SECONDS
             self.wait(lambda: self._crashed or time.monotonic() > until, "the point")
             self.wait(self._is_over, "the end of all work")
-        self._stop()
-        if self._service.exit_code != 0:  # the point lay in the stop
-            self._keep_alive()
-            self.wait(lambda: '"broker_connected"' in self._service.logged(), "the last start")
+        if self._stop() != 0:  # the point lay in the stop
+            self._start_again()
             self.wait(self._is_over, "the end of all work")
-            self._stop()
-        if self._service.exit_code != 0:
-            raise RunError(f"the service ended with {self._service.exit_code} at its stop")
+            if (code := self._stop()) != 0:
+                raise RunError(f"the service ended with {code} at its stop")
 
     def kill(self) -> None:
         """End the service by force, if it still runs."""
-        if self._service.exit_code is None:
-            self._service.kill()
+        self._service.end(signal.SIGKILL, STOP_SECONDS)
 
     def _start(self, settings: Mapping[str, str | None]) -> Service:
         found = {name: value for name, value in settings.items() if value is not None}
@@ -185,25 +183,27 @@ class World:
             found[points.TRACE] = str(self.trace)
         if not self.site.database_url.startswith("sqlite"):
             found[LEASE_MARGIN] = "1"
-        log = self.site.folder / f"service-{len(self.site.running) + 1}.log"
-        command = [sys.executable, "-m", "tests.crash.child", "run"]
-        service = Service(command, env=self.site.environment(**found), log=log, cwd=self.site.folder)
-        self.site.running.append(service)
+        log = self.site.folder / f"service-{len(self.services) + 1}.log"
+        service = self._nursery.start(log, self.site.folder, self.site.environment(**found))
+        self.services.append(service)
         return service
 
     def _keep_alive(self) -> None:
+        if self._service.exit_code is not None:
+            self._start_again()
+
+    def _start_again(self) -> None:
         code = self._service.exit_code
-        if code is None:
-            return
         if code != -signal.SIGKILL or self._crashed or not self._reached.exists():
             raise RunError(f"the service ended with {code}")
-        self._service.wait_for_exit()
         self._crashed = True
         self._service = self._start({})
 
-    def _stop(self) -> None:
-        if self._service.exit_code is None:
-            self._service.stop(STOP_SECONDS)
+    def _stop(self) -> int | None:
+        """Stop the service in order once it is up; returns how it ended."""
+        self.wait(lambda: '"broker_connected"' in self._service.logged(), "the last start")
+        self._service.end(signal.SIGTERM, STOP_SECONDS)
+        return self._service.exit_code
 
     def _is_over(self) -> bool:
         for item in self.expected:

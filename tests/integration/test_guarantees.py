@@ -12,8 +12,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
+import aiormq
 import pytest
 from aio_pika.abc import AbstractChannel
+from pamqp.commands import Basic
 from pydantic import SecretStr
 
 from consumer.broker import DEAD_QUEUE, WORK_QUEUE, Broker, BrokerAwayError, Delivery, declare_topology
@@ -31,11 +33,12 @@ from consumer.store.rows import JobRow, JobState, Message, StepRow, StepState
 from tests.integration.harness import STRUCTURED, built, inline, job_of, small
 from tests.unit.builders import registered
 
-SECONDS = 10.0
+SECONDS = 30.0
 #: So long nothing may happen before a test believes that nothing will.
 QUIET_SECONDS = 1.5
 OLD, NEW = "2026-01-01T10:00:00Z", "2026-01-01T11:00:00Z"
-SHOWN = Message("outcome", "id-1", "exchange", "key", b"body")
+MODES = ("journal_mode", "synchronous")
+SENT = Message("outcome", "id-1", "exchange", "key", b"body")
 
 
 class Remote:
@@ -67,9 +70,10 @@ class Remote:
             raise error
         return ExportResult(success=True, destination_name=self.name, record_id=str(len(self.copies)))
 
-    def verify(self, context: ExportContext) -> Answer:
+    async def verify(self, context: ExportContext) -> Answer:
         """Tell whether a copy of the session is there."""
-        return Present("1") if context.session_identifier in self.copies else Absent()
+        ids = [str(number) for number, name in enumerate(self.copies, 1) if name == context.session_identifier]
+        return Present(ids[0], None, tuple(ids[1:])) if ids else Absent()
 
 
 @pytest.fixture
@@ -168,6 +172,18 @@ async def test_after_an_unknown_outcome_it_asks_before_it_creates_again(pipeline
     assert (found.result or {})["record_id"] == "1"
 
 
+async def test_a_copy_that_the_server_commits_late_is_reported(pipeline: Pipeline, remote: Remote) -> None:
+    remote.error = UnknownOutcome("the answer was lost")
+    async with asyncio.timeout(SECONDS):
+        await export_one(pipeline, event("event"))
+    remote.copies.append("session")  # a request that had been given up
+    assert await pipeline.rechecks.run_once() == 1
+    reported = "SELECT error_message FROM upload_log WHERE error_code = 'surplus_copy'"
+    assert stored(pipeline.database, reported) == [
+        "besides 1 there are copies of ours that the server committed late: 2"
+    ]
+
+
 async def test_a_request_may_leave_until_its_lease_ends(pipeline: Pipeline, remote: Remote) -> None:
     """A process that takes over counts the settle time from there: the old one may only be asleep."""
     remote.gate = asyncio.Event()
@@ -189,6 +205,21 @@ async def test_a_sqlite_file_takes_one_engine(database: Database) -> None:
             other.lock_for_engine()
         await database.close()
         other.lock_for_engine()
+
+
+async def test_a_commit_is_on_the_disk(database: Database) -> None:
+    """An ack follows it, so it has to survive a power cut: with WAL only FULL syncs each commit."""
+    async with database.write() as connection:
+        modes = [(await connection.exec_driver_sql(f"PRAGMA {name}")).scalar() for name in MODES]
+    assert modes == ["wal", 2]
+
+
+async def test_nothing_begins_before_the_record_is_kept(pipeline: Pipeline) -> None:
+    await take_in(pipeline, event("event"))
+    async with pipeline.database.write() as connection:
+        await jobs.decide_later(connection, [(job_of("event"), datetime.now(UTC))])
+    await pipeline.housekeeping.tick()
+    assert (await step(pipeline.database, "event")).state is StepState.BLOCKED
 
 
 # --- intake ----------------------------------------------------------------------------------------------------
@@ -266,8 +297,7 @@ async def test_work_for_a_destination_waits_as_a_whole(pipeline: Pipeline, remot
     remote.error, remote.valid = error, (False, "the token ran out")
     await take_in(pipeline, event("one", "session 1"), event("two", "session 2"))
     async with at_work(pipeline):
-        async with asyncio.timeout(SECONDS):
-            await remote.started.wait()
+        await until(lambda: stored(pipeline.database, "SELECT destination FROM lanes"))
         await asyncio.sleep(QUIET_SECONDS)
     assert len(remote.copies) == 1
     states = stored(pipeline.database, "SELECT state FROM steps")
@@ -298,7 +328,7 @@ async def unsent(database: Database) -> int:
 async def waiting_relay(database: Database) -> tuple[Confirms, "asyncio.Task[tuple[int, int]]"]:
     """Let a relay publish one message; its confirm is still to come."""
     async with database.write() as connection:
-        await outbox.add(connection, [SHOWN], datetime.now(UTC) - timedelta(minutes=1), is_sqlite=True)
+        await outbox.add(connection, [SENT], datetime.now(UTC) - timedelta(minutes=1), is_sqlite=True)
     broker = Confirms()
     relay = OutboxRelay(database, cast("Broker", broker), Signals())
     work = asyncio.create_task(relay.relay_once())
@@ -320,6 +350,47 @@ async def test_a_message_without_a_confirm_is_sent_again(database: Database) -> 
     broker.answer.set_exception(BrokerAwayError("the connection broke"))
     assert await work == (0, 1)
     assert await unsent(database) == 1
+
+
+class Publishing:
+    """The channel that a broker publishes on; the confirm is a frame, a message that comes back is none."""
+
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
+        self.options: dict[str, Any] = {}
+
+    async def basic_publish(self, _body: bytes, **options: Any) -> Any:
+        """Note how a message goes out."""
+        self.options = options
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return self._answer
+
+
+async def publish(answer: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[bool, dict[str, Any]]:
+    """Publish a message that is answered so."""
+    broker, channel = Broker("amqp://none.test/", "exchange"), Publishing(answer)
+    monkeypatch.setattr(broker, "_publishing", channel)
+    taken = await broker.publish(
+        exchange="exchange", routing_key="key", body=b"body", message_id="id-1", content_type=STRUCTURED, headers={},
+        kind="outcome",
+    )  # fmt: skip
+    return taken, channel.options
+
+
+async def test_what_is_published_survives_a_restart_of_the_broker(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, options = await publish(Basic.Ack(), monkeypatch)
+    assert taken
+    assert options["properties"].delivery_mode == 2, "persistent"
+    assert options["mandatory"], "else nobody would tell that no queue took it"
+
+
+@pytest.mark.parametrize(
+    "error", [TimeoutError(), ConnectionResetError(), aiormq.exceptions.DeliveryError(None, Basic.Nack())]
+)
+async def test_a_publish_that_is_not_confirmed_is_told(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BrokerAwayError):
+        await publish(error, monkeypatch)
 
 
 # --- names that other programs rely on -------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 
 import argparse
 import asyncio
+import logging
+import math
 import random
 import shutil
 import signal
@@ -66,8 +68,8 @@ class Storm:
     def _let_publish(self) -> None:
         """Spread the records over the kills, so that there is work for the last one too."""
         wanted, count = self._options.kills, self._options.records
-        share = (self.kills.total() + 1) / wanted if wanted else 1.0
-        self._traffic.quota = min(count, -int(-count * share // 1))
+        share = min(1.0, (self.kills.total() + 1) / wanted) if wanted else 1.0
+        self._traffic.quota = max(self._traffic.quota, math.ceil(count * share))
 
     def _live_for_a_while(self) -> None:
         """Let the consumer live to a random moment: seldom during its start, else some time after it."""
@@ -82,8 +84,13 @@ class Storm:
         self._pass(self._rng.uniform(0, LONGEST_LIFE_SECONDS))
 
     def _await_work(self) -> None:
-        """Wait for a moment at which a kill meets something half done."""
+        """Wait for a moment at which a kill meets something half done; where nothing is, one more record comes."""
+        traffic = self._traffic
         while not self._world.open_work().in_flight:
+            if len(traffic.causes) == traffic.quota:  # what was published is over
+                if traffic.quota == self._options.records:
+                    raise StormError(self._still_open("all work is over before the last kill; take more records"))
+                traffic.quota += 1
             self._pass(LOOK_SECONDS)
 
     def _await_end(self) -> None:
@@ -127,7 +134,7 @@ def storm(options: argparse.Namespace, folder: Path) -> tuple[Report, int]:
     world = World(folder, options.seed)
     try:
         world.start()
-        interval = CYCLE_SECONDS * max(1, options.kills) / options.records / 2
+        interval = CYCLE_SECONDS * max(1, options.kills) / options.records
         with Traffic(world.rabbit.url, events, interval) as traffic:
             if not traffic.listening.wait(READY_SECONDS):
                 raise StormError("the listener found no broker")
@@ -179,6 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a storm; exit code 1 when anything was lost, duplicated, not reported, or otherwise wrong."""
     options = read_options(arguments)
     print(f"kill-storm: seed {options.seed}, {options.records} records, {options.kills} kills", flush=True)
+    logging.disable(logging.CRITICAL)  # the libraries tell at length of every death of the broker
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = Path(tempfile.mkdtemp(prefix="nexus-storm-"))
     try:

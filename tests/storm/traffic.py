@@ -6,12 +6,14 @@ import json
 import threading
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
 import aio_pika
+from yarl import URL
 
 from tools.records import make_record
 
@@ -71,8 +73,9 @@ class Traffic:
         self._url = url
         self._events = events
         self._interval = interval
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="traffic")
+        self._loop: asyncio.AbstractEventLoop
+        self._up = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._both()), name="traffic")
         self._tasks: list[asyncio.Task[None]] = []
         self.quota = 0
         self.published = 0
@@ -84,6 +87,7 @@ class Traffic:
 
     def __enter__(self) -> Self:
         self._thread.start()
+        self._up.wait()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -94,24 +98,20 @@ class Traffic:
         for task in self._tasks:
             task.cancel()
 
-    def _run(self) -> None:
-        try:
-            self._loop.run_until_complete(self._both())
-        finally:
-            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-            self._loop.close()
-
     async def _both(self) -> None:
+        self._loop = asyncio.get_running_loop()
         self._tasks = [asyncio.create_task(self._again(work)) for work in (self._listen, self._publish)]
+        self._up.set()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _again(self, work: Callable[[aio_pika.abc.AbstractChannel], Awaitable[None]]) -> None:
         """Repeat work on a new connection until it comes to its end."""
         while True:
+            # not connect(): a connection that finds no broker has to be closed too
+            connection = aio_pika.Connection(URL(self._url))
             try:
-                connection = await aio_pika.connect(self._url, timeout=ANSWER_SECONDS)
-                async with connection:
-                    await work(await connection.channel(publisher_confirms=True, on_return_raises=True))
+                await connection.connect(timeout=ANSWER_SECONDS)
+                await work(await connection.channel(publisher_confirms=True, on_return_raises=True))
             except _LOST:
                 await asyncio.sleep(PAUSE_SECONDS)
             except asyncio.CancelledError:  # the library cancels what waits on a lost channel
@@ -123,6 +123,9 @@ class Traffic:
                 raise
             else:
                 return
+            finally:
+                with suppress(*_LOST):
+                    await connection.close()
 
     async def _listen(self, channel: aio_pika.abc.AbstractChannel) -> None:
         exchange = await channel.declare_exchange(EXCHANGE, aio_pika.ExchangeType.TOPIC, durable=True)

@@ -25,10 +25,9 @@ def make_root(folder: Path = HOME) -> Path:
     """Return a root folder with Debian 13 and its rabbitmq-server; it is made whole or not at all."""
     if os.geteuid() != 0:
         raise ServerError("RabbitMQ 4 runs in a root folder of its own here, which only root can make and enter")
-    for program in ("unshare", "chroot", "debootstrap"):
-        if shutil.which(program) is None:
-            raise ServerError(f"{program} is not installed; run `sh tools/packages.sh debootstrap`")
     if not folder.is_dir():
+        if shutil.which("debootstrap") is None:
+            raise ServerError("debootstrap is not installed; run `sh tools/packages.sh debootstrap`")
         fresh = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
@@ -43,9 +42,10 @@ def _bootstrap(fresh: Path) -> None:
     print(f"Making Debian 13 with RabbitMQ in {fresh.parent}, about a minute and 400 MB ...", flush=True)
     # what it mounts on the way is seen by itself alone
     command = ["unshare", "--mount", "debootstrap", "--variant=minbase", "--include=rabbitmq-server"]
+    command += [RELEASE, str(fresh), mirror()]
     with log.open("wb") as output:
         done = subprocess.run(
-            [*command, RELEASE, fresh, mirror()],
+            command,
             env=clean_environment(DEBIAN_FRONTEND="noninteractive"),
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -72,7 +72,7 @@ def mirror() -> str:
 
 def version(root: Path) -> str:
     """Return the version of the rabbitmq-server in a root folder."""
-    command = ["chroot", root, "dpkg-query", "--show", "--showformat", "${Version}", "rabbitmq-server"]
+    command = ["chroot", str(root), "dpkg-query", "--show", "--showformat", "${Version}", "rabbitmq-server"]
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise ServerError(f"there is no rabbitmq-server in {root} ({done.stderr.strip()}); remove it and try again")

@@ -170,11 +170,11 @@ class RabbitServer:
         """Delete a virtual host with all it holds, closing the connections to it. Needs management."""
         self.api("DELETE", f"vhosts/{name}")
 
-    def _command(self, program: str, *arguments: str) -> list[str | Path]:
-        command = [SCRIPTS / program, *arguments]
+    def _command(self, program: str, *arguments: str) -> list[str]:
+        command = [str(SCRIPTS / program), *arguments]
         if self._root is None:
             return command
-        return ["unshare", "--mount", "/bin/sh", "-c", IN_ROOT, self._root, self.folder, *command]
+        return ["unshare", "--mount", "/bin/sh", "-c", IN_ROOT, str(self._root), str(self.folder), *command]
 
     def _choose_names(self) -> None:
         """Take name and ports from the folder's last start; a port that is taken now is chosen anew.
