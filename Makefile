@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check e2e bench kill-storm crash-matrix mutants lock docs-reference clean
+.PHONY: help run test check e2e bench kill-storm crash-matrix mutants test-rabbitmq4 lock docs-reference clean
 
 help: ## list the commands
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -41,6 +41,10 @@ crash-matrix: $(VENV)/dev.stamp ## one crash at each effect that a record has, t
 mutants: $(VENV)/dev.stamp ## take out each guarantee once and see its test fail
 	@sh tools/packages.sh rabbitmq postgresql
 	@$(BIN)/python -m tools.mutants
+
+test-rabbitmq4: $(VENV)/dev.stamp ## the integration tests against RabbitMQ 4 of Debian 13 (needs root)
+	@sh tools/packages.sh rabbitmq postgresql debootstrap
+	@$(BIN)/python -m tools.servers.debian13
 
 docs-reference: $(VENV)/dev.stamp ## write the schemas in docs/reference from the models
 	$(BIN)/nexus-export schema --write docs/reference

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Install the Debian packages that the named needs stand for, after saying what and why.
-# usage: packages.sh NEED...   (venv, rabbitmq, postgresql)
+# usage: packages.sh NEED...   (venv, rabbitmq, postgresql, debootstrap)
 set -eu
 wanted=""
 for need in "$@"; do
@@ -14,7 +14,10 @@ for need in "$@"; do
     postgresql)
       ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || wanted="$wanted postgresql"
       why="a private database server" ;;
-    *) echo "packages.sh: unknown need '$need' (known: venv, rabbitmq, postgresql)" >&2; exit 2 ;;
+    debootstrap)
+      [ -d .services/debian13 ] || command -v debootstrap >/dev/null 2>&1 || wanted="$wanted debootstrap"
+      why="a second Debian with RabbitMQ 4" ;;
+    *) echo "packages.sh: unknown need '$need' (known: venv, rabbitmq, postgresql, debootstrap)" >&2; exit 2 ;;
   esac
 done
 [ -n "$wanted" ] || exit 0
