@@ -11,7 +11,7 @@ from consumer.pipeline.attempt import Caller
 from consumer.pipeline.progress import Progress
 from consumer.pipeline.retry import next_probe
 from consumer.pipeline.signals import Signals
-from consumer.store import consumers, jobs, lanes, steps
+from consumer.store import consumers, jobs, lanes, rechecks, steps
 from consumer.store.connection import Connection, Database, DatabaseError
 from consumer.store.rows import LaneChange, LaneRow, LaneState
 from consumer.telemetry import get_logger
@@ -59,6 +59,7 @@ class Housekeeping:
             found = await self._abandon(connection, now, everything=self._database.is_sqlite)
             if self._database.is_sqlite:
                 await jobs.release_snapshots(connection, now)
+                await rechecks.release_look_ups(connection, now)
         if found:
             _log.warning("steps_recovered", count=found)
         return found
