@@ -55,12 +55,15 @@ class OutboxRelay:
             self._looked_at, self._looks_at_all = time.monotonic(), False
         else:
             sent, failed = 0, 0
-        batch = self._fresh.take(BATCH)
+        fresh_sent, fresh_failed = await self._send_and_mark(self._fresh.take(BATCH))
+        return sent + fresh_sent, failed + fresh_failed
+
+    async def _send_and_mark(self, batch: list[Message]) -> tuple[int, int]:
         done = await self._publish(batch)
         if done:
             async with self._database.write() as connection:
                 await outbox.mark_sent(connection, done, await self._database.now(connection))
-        return sent + len(done), failed + len(batch) - len(done)
+        return len(done), len(batch) - len(done)
 
     async def drain(self) -> None:
         """Send everything that is unsent, at a stop."""
@@ -76,11 +79,7 @@ class OutboxRelay:
         if self._database.is_sqlite:
             async with self._database.read() as connection:
                 batch = await outbox.unsent(connection, self._cutoff(await self._database.now(connection)), BATCH)
-            done = await self._publish(batch)
-            if done:
-                async with self._database.write() as connection:
-                    await outbox.mark_sent(connection, done, await self._database.now(connection))
-            return len(done), len(batch) - len(done)
+            return await self._send_and_mark(batch)
         # the rows stay locked until the confirm, so that two relays do not send the same message
         async with self._database.write() as connection:
             now = await self._database.now(connection)

@@ -13,7 +13,7 @@ from typing import Any
 
 from lxml import etree
 
-from consumer.errors import ConfigurationError, RecordError, RecordNotThereYet, RecordRefused, RecordsRootMissing
+from consumer.errors import ConfigurationError, RecordNotThereYet, RecordRefused, RecordsRootMissing
 from consumer.events import INLINE_LIMIT_BYTES, RecordBuilt, RecordByPath, RecordInline, read_moment
 from consumer.pipeline.files import read_below, safe_parts
 
@@ -123,16 +123,6 @@ class SnapshotReader:
             )
             raise RecordRefused("record_changed", message)
         return Snapshot(sha256, name, content, self._check(name, content))
-
-    def read_all(self, wanted: Sequence[RecordBuilt]) -> list[Snapshot | RecordError]:
-        """Read several records; an error stands in the place of its record."""
-        found: list[Snapshot | RecordError] = []
-        for data in wanted:
-            try:
-                found.append(self.read(data))
-            except RecordError as error:
-                found.append(error)
-        return found
 
     def _file(self, record: RecordByPath) -> tuple[str, bytes]:
         if self._root is None:

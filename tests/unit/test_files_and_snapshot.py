@@ -5,7 +5,7 @@ import hashlib
 import os
 import stat
 import threading
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consumer.errors import ConfigurationError, RecordError, RecordNotThereYet, RecordRefused, RecordsRootMissing
-from consumer.events import INLINE_LIMIT_BYTES, RecordBuilt, read_moment
+from consumer.events import INLINE_LIMIT_BYTES, RecordBuilt, built_body, read_moment
+from consumer.pipeline import reader as reading
 from consumer.pipeline import snapshot
 from consumer.pipeline.files import read_below, safe_parts
 from consumer.pipeline.snapshot import NAMESPACE, Snapshot, SnapshotReader, Spool, load_schema, parse
@@ -552,12 +553,21 @@ def test_a_schema_that_is_none_stops_the_start(tmp_path: Path, content: bytes) -
         load_schema(tmp_path / "gone.xsd")
 
 
-def test_read_all_puts_an_error_in_the_place_of_its_record(root: Path) -> None:
+def test_a_batch_puts_an_error_in_the_place_of_its_record(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put(root / "a.xml")
-    found = reader(root).read_all([by_path("gone.xml"), by_path("a.xml"), by_path("../x")])
-    assert isinstance(found[0], RecordNotThereYet)
-    assert isinstance(found[1], Snapshot)
-    assert isinstance(found[2], RecordRefused)
+    spool = Spool(tmp_path / "spool")
+    spool.root.mkdir(exist_ok=True)
+    monkeypatch.setattr(reading, "_state", {"reader": reader(root), "spool": spool})
+    events = [
+        built_body(data, event_id=str(number), source="test", time=datetime(2026, 11, 24, tzinfo=UTC)).decode()
+        for number, data in enumerate([by_path("gone.xml"), by_path("a.xml"), by_path("../x")])
+    ]
+    found = reading.read_batch(events)
+    assert [item.kind for item in found] == ["not_there_yet", "kept", "refused"]
+    assert [item.code for item in found] == ["record_missing", "", "path_refused"]
+    assert spool.path(found[1].sha256, found[1].name).read_bytes() == (root / "a.xml").read_bytes()
 
 
 # --- our own copies ----------------------------------------------------------------------------------------------
