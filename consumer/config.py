@@ -76,6 +76,9 @@ class Settings(BaseModel):
     export_max_wait: Seconds = Field(7 * 86400, gt=0, description="end of every wait, in seconds or as 7d")
     retry_base_seconds: Seconds = Field(5, gt=0, description="upper bound of the first retry's wait")
     retry_max_seconds: Seconds = Field(3600, gt=0, description="upper bound of any retry's wait")
+    lease_margin_seconds: Seconds = Field(
+        30, gt=0, description="how much longer than its longest attempt a consumer holds a step; for PostgreSQL"
+    )
     event_source: Text = Field("urn:nexus-export", description="CloudEvents source of what this service publishes")
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console at a terminal")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="lowest level written")

@@ -10,11 +10,16 @@ Optional: ``verify(context)`` -> ``Present``, ``Partial``, ``Absent`` or ``Unsur
 ``Settings``, read from ``NX_<NAME>_*`` and given to the constructor.
 """
 
+import math
 from collections.abc import Awaitable, Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
+
+#: End of the attempt under way, in seconds of the monotonic clock: later, another process may have taken over.
+no_request_after: ContextVar[float] = ContextVar("no_request_after", default=math.inf)
 
 Action = Literal["created", "updated", "unchanged", "linked", "none"]
 
@@ -93,8 +98,13 @@ async def _forget(_facts: Mapping[str, Any]) -> None:
 class ExportContext:
     """One record on its way to one destination.
 
-    ``purpose`` is ``create``, ``update`` or, for the last look-up after a success that followed an unknown outcome,
-    ``recheck``: ``verify`` then also looks for surplus copies.
+    ``purpose`` is ``create``, ``update``, ``link`` or, for the last look-up after a success that followed an unknown
+    outcome, ``recheck``: ``verify`` then also looks for surplus copies.
+
+    ``links`` are the addresses of this session's copies at the destinations named in ``links_to``, as far as they
+    are known. One that becomes known only after the export brings another call of ``export`` with the purpose
+    ``link``: the copy is there and gets the links it lacks, and nothing else of it changes. ``verify`` answers
+    ``Partial`` for a copy without them.
 
     ``record_key`` is the same for every attempt, job and build of (session, destination): a key to look up by.
     ``remembered`` survives attempts and jobs; ``await remember(page="17")`` adds to it and is durable when it
@@ -109,6 +119,7 @@ class ExportContext:
     user: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     previous_results: dict[str, ExportResult] = field(default_factory=dict)
+    links: dict[str, str] = field(default_factory=dict)
     activities: list[Any] = field(default_factory=list)
     reservation_event: Any = None
     record_key: str = ""

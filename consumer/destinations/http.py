@@ -8,6 +8,7 @@ decides that; aiohttp itself repeats a GET, PUT or DELETE whose kept connection 
 import functools
 import re
 import ssl
+import time
 import urllib.request
 from collections.abc import AsyncIterator, Collection, Mapping
 from datetime import UTC, datetime
@@ -20,9 +21,11 @@ from urllib.parse import urljoin, urlsplit
 
 import aiohttp
 import httpx
+from aiohttp.connector import Connection
 from httpx_aiohttp import AiohttpTransport
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from consumer.destinations.contract import no_request_after
 from consumer.errors import DestinationError, Misconfigured, Transient, UnknownOutcome
 from consumer.telemetry import get_logger
 
@@ -44,6 +47,12 @@ _NOT_SENT = (
     aiohttp.ClientHttpProxyError,
     aiohttp.InvalidURL,
 )
+
+
+class _AttemptOverError(aiohttp.ClientConnectionError):
+    """The request did not leave."""
+
+
 _ADDRESS = re.compile(r"https?://\S+")
 
 _log = get_logger()
@@ -188,7 +197,9 @@ class HttpClient:
         if self._client is None:
             context, proxy = self._tls.context(), _proxy(self._base_url)
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS, ssl=context)
-            session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+            session = aiohttp.ClientSession(
+                connector=connector, cookie_jar=aiohttp.DummyCookieJar(), request_class=_LeasedRequest
+            )
             self._client = httpx.AsyncClient(
                 base_url=self._base_url,
                 headers=self._headers,
@@ -235,6 +246,19 @@ class HttpClient:
             if creates:
                 raise UnknownOutcome(text, retry_after=wait)
             raise Transient(text, retry_after=wait, code="server_error")
+
+
+class _LeasedRequest(aiohttp.ClientRequest):
+    """Refuses to leave when the attempt is over, at the last moment before the first byte is written.
+
+    A process that was stopped for long goes on where it was: its time limit only acts when it next waits.
+    """
+
+    async def send(self, conn: Connection) -> aiohttp.ClientResponse:
+        """Check the time, and send."""
+        if time.monotonic() >= no_request_after.get():
+            raise _AttemptOverError("the attempt's time was over before the request could leave")
+        return await super().send(conn)
 
 
 _OF_THE_TRANSFER = {"content-encoding", "content-length", "transfer-encoding"}
@@ -337,6 +361,8 @@ def _failure(error: Exception, request: httpx.Request, *, creates: bool) -> Dest
             "add the CA that signed it to NX_CERT_BUNDLE_FILE"
         )
     reason = _reason(cause)
+    if isinstance(cause, _AttemptOverError):
+        return Transient(f"{_where(request)}: {reason}", code="timeout")
     if isinstance(cause, _NOT_SENT):
         return Transient(f"cannot connect to {_host(request)}: {reason}", code="cannot_connect")
     return _lost(f"{_where(request)} got no complete answer ({reason})", creates=creates)

@@ -5,7 +5,9 @@ This is the only place that runs plugin code while records are on their way.
 
 import asyncio
 import inspect
+import math
 import socket
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from consumer.destinations.contract import (
     Partial,
     Present,
     Unsure,
+    no_request_after,
 )
 from consumer.destinations.registry import Registered
 from consumer.errors import DestinationError, RecordRefused, Transient, UnknownOutcome
@@ -44,6 +47,10 @@ Save = Callable[[Claim, Mapping[str, Any]], Awaitable[None]]
 
 class LeaseLostError(Exception):
     """Another process has taken the step over: nothing of this attempt may be written any more."""
+
+
+class LeaseTooShortError(Exception):
+    """Too little of the lease is left for a whole attempt: the destination was not called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +73,13 @@ class Caller:
         """Give the threads up; one that hangs cannot be stopped."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def export(self, context: ExportContext) -> Ending | Declined:
-        """Run ``accepts`` and ``export``; every ending is a value, ``CancelledError`` passes."""
+    async def export(self, context: ExportContext, held_until: float = math.inf) -> Ending | Declined:
+        """Run ``accepts`` and ``export``; every ending is a value, ``CancelledError`` passes.
+
+        ``held_until`` is the end of the lease in seconds of the monotonic clock. Raises ``LeaseTooShortError``.
+        """
         accepts = getattr(self.destination.plugin, "accepts", None)
-        ends_at = self._ends_at()  # one time limit for both, since the lease holds no longer
+        ends_at = self._ends_at(held_until)  # one time limit for both, since the lease holds no longer
         try:
             if accepts is not None and not await self._call(ends_at, accepts, context):
                 return Declined()
@@ -82,10 +92,14 @@ class Caller:
             f"export returned {type(result).__name__} instead of an ExportResult", code="bad_result"
         )
 
-    async def verify(self, context: ExportContext) -> Answer | DestinationError:
-        """Ask whether the record is there; every failure to answer is ``Unsure`` or an error value."""
+    async def verify(self, context: ExportContext, held_until: float = math.inf) -> Answer | DestinationError:
+        """Ask whether the record is there; every failure to answer is ``Unsure`` or an error value.
+
+        Raises ``LeaseTooShortError`` as ``export`` does.
+        """
+        ends_at = self._ends_at(held_until)
         try:
-            answer = await self._call(self._ends_at(), self.destination.plugin.verify, context)
+            answer = await self._call(ends_at, self.destination.plugin.verify, context)
         except DestinationError as error:
             return _storable_error(error)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a foreign plugin may raise anything
@@ -109,16 +123,20 @@ class Caller:
         valid, message = answer if isinstance(answer, tuple) and len(answer) == 2 else (bool(answer), None)  # noqa: PLR2004
         return None if valid else storable(message or "validate_config said no without a reason")
 
-    def _ends_at(self) -> float:
-        return asyncio.get_running_loop().time() + self.destination.lane.timeout_seconds
+    def _ends_at(self, held_until: float = math.inf) -> float:
+        ends_at = time.monotonic() + self.destination.lane.timeout_seconds
+        if ends_at > held_until:
+            raise LeaseTooShortError
+        return ends_at
 
     async def _call(self, ends_at: float, function: Callable[..., Any], *arguments: Any) -> Any:
+        no_request_after.set(ends_at)
         if inspect.iscoroutinefunction(function):
             async with asyncio.timeout_at(ends_at):
                 return await function(*arguments)
         work = self._threads.submit(_in_thread, function, arguments)
         future = asyncio.wrap_future(work)
-        left = ends_at - asyncio.get_running_loop().time()
+        left = ends_at - time.monotonic()
         done, _ = await asyncio.wait({future}, timeout=max(0.0, left))
         if not done:
             if work.cancel():  # else it would run late, outside of its lease
@@ -228,12 +246,15 @@ def build_context(
         dt_to=data.dt_to or _moment(known.get("dt_to")) or claim.job.build_time,
         user=data.user or known.get("user"),
         metadata=dict(data.metadata),
-        previous_results={s.destination: _previous(s) for s in claim.siblings if s.result or s.state.terminal},
+        previous_results={
+            s.destination: _previous(s) for s in claim.siblings if s.result or s.outcome_state.terminal
+        },
         activities=[_activity(activity, data_roots) for activity in data.activities],
         reservation_event=data.reservation,
         record_key=record_key(claim.job.session, claim.step.destination),
         record_sha256=claim.job.record_sha256 or "",
-        purpose="update" if last else "create",
+        purpose=claim.step.purpose if claim.step.links else "update" if last else "create",
+        links=dict(claim.links),
         last_export=last,
         remembered=remembered,
         save_facts=save_facts,
@@ -252,7 +273,7 @@ def _moment(text: str | None) -> datetime | None:
 
 def _previous(step: StepRow) -> ExportResult:
     known = step.result or {}
-    done = step.state is StepState.DONE
+    done = step.outcome_state is StepState.DONE
     return ExportResult(
         success=done,
         destination_name=step.destination,

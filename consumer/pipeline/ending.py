@@ -10,6 +10,7 @@ from consumer.destinations.contract import Absent, Answer, ExportResult, Partial
 from consumer.destinations.registry import Registered
 from consumer.errors import DestinationError
 from consumer.pipeline.attempt import step_result, stored_result
+from consumer.pipeline.links import links_digest
 from consumer.pipeline.retry import (
     Facts,
     Policy,
@@ -54,13 +55,24 @@ class Endings:
             return AttemptEnd(claim, replace(_change(claim, verdict), result=result), log, None, lane, recheck_at)
         sha256 = claim.job.record_sha256
         copy = CopyChange(
-            ending.record_id or "", ending.record_url, sha256, ending.stored_sha256 or sha256, claim.job.build_time
-        )
+            ending.record_id or ("" if not claim.step.links else None), ending.record_url, sha256,
+            ending.stored_sha256 or (None if claim.step.links else sha256), claim.job.build_time,
+            links_sha256=links_digest(claim.links) if claim.links else None,
+        )  # fmt: skip
         log = replace(
             log, success=True, record_id=ending.record_id, record_url=ending.record_url, metadata=ending.metadata
         )
         change = replace(_change(claim, verdict), result=step_result(ending, claim))
         return AttemptEnd(claim, change, log, copy, lane, self._recheck_at(destination, now))
+
+    def not_begun(self, claim: Claim) -> AttemptEnd:
+        """Give a claimed step back as it was: nothing was asked or sent."""
+        step = claim.step
+        change = StepChange(
+            claim.job.id, step.destination, step.state, step.error_code, step.reason, self._clock(), step.result,
+            looked_up=claim.looks_up,
+        )  # fmt: skip
+        return AttemptEnd(claim, change, None)
 
     @staticmethod
     def _recheck_at(destination: Registered, now: datetime) -> datetime | None:
@@ -77,11 +89,11 @@ class Endings:
         if isinstance(answer, DestinationError):
             return self._raised(claim, destination, answer, started)
         facts, policy = _facts(claim, now, counts=False), self._policy(destination)
-        if isinstance(answer, Partial):
+        if isinstance(answer, Partial) and not claim.step.links:
             verdict = Verdict(StepState.DUE, "partial", "part of it is there", now, counts=False)
             ours = CopyChange(remembered={**claim.copy.remembered, "record_id": answer.id})
             return AttemptEnd(claim, _change(claim, verdict, looked_up=True), None, ours)
-        if isinstance(answer, Absent):
+        if isinstance(answer, Absent | Partial):  # only the link is absent from a copy that is there in part
             verdict = surely_absent(facts, policy, claim.step.last_request_at or now, self._draw)
         else:
             verdict = still_unknown(facts, policy, self._draw, answer.reason or "the look-up gave no answer")
@@ -98,7 +110,10 @@ class Endings:
             error_code="surplus_copy" if answer.surplus else None, error_message=surplus_message(answer) or None,
         )  # fmt: skip
         sha256 = claim.job.record_sha256
-        copy = CopyChange(answer.id, answer.url, sha256, sha256, claim.job.build_time)
+        digest = links_digest(claim.links) if claim.links else None
+        copy = CopyChange(answer.id, answer.url, sha256, sha256, claim.job.build_time, links_sha256=digest)
+        if claim.step.links:
+            copy = CopyChange(links_sha256=digest)
         change = replace(_change(claim, verdict, looked_up=True), result=result)
         return AttemptEnd(claim, change, log, copy, None, self._recheck_at(destination, now))
 
@@ -139,7 +154,7 @@ def skipped(claim: Claim, reason: str) -> AttemptEnd:
 
 def of_superseded(end: AttemptEnd) -> AttemptEnd:
     """Let an attempt end whose job a newer build has superseded: it is not tried again."""
-    if end.step.state is not StepState.DUE:
+    if end.step.state is not StepState.DUE or end.claim.step.links:
         return end
     return replace(end, step=replace(end.step, state=StepState.SUPERSEDED, next_attempt_at=None))
 

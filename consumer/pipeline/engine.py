@@ -13,10 +13,11 @@ from uuid import UUID
 from consumer.destinations.contract import ExportContext, ExportResult, Unsure
 from consumer.destinations.registry import Registered, Registry
 from consumer.errors import UnknownOutcome
-from consumer.pipeline.attempt import Caller, Declined, LeaseLostError, build_context
+from consumer.pipeline.attempt import Caller, Declined, LeaseLostError, LeaseTooShortError, build_context
 from consumer.pipeline.decide import may_start
 from consumer.pipeline.ending import Endings, RetrySettings, of_superseded, skipped
 from consumer.pipeline.keeper import Keeper
+from consumer.pipeline.links import Links, of_link
 from consumer.pipeline.progress import Advanced, Progress
 from consumer.pipeline.signals import Signals, wait
 from consumer.store import jobs, lanes, steps
@@ -25,8 +26,6 @@ from consumer.store.rows import AttemptEnd, Claim, JobRow, LaneChange, LaneRow, 
 from consumer.store.steps import Wanted
 from consumer.telemetry import get_logger
 
-#: A lease outlives the longest attempt by this much: time to write the result down.
-LEASE_MARGIN_SECONDS = 30.0
 IDLE_SECONDS = 1.0
 #: At a stop: how long the last results may take to be written.
 LAST_WRITE_SECONDS = 2.0
@@ -40,6 +39,8 @@ class EngineSettings:
 
     owner: str
     retry: RetrySettings
+    #: a lease outlives the longest attempt by this much: time to write the result down
+    lease_margin_seconds: float
     instrument_root: Path | None
     data_root: Path | None
 
@@ -63,6 +64,7 @@ class Engine:
         self._keeper = keeper
         self._settings = settings
         self._endings = Endings(settings.retry, database.clock)
+        self._links = Links.of(registry.enabled)
         self.callers = {name: Caller(item) for name, item in registry.enabled.items()}
         self._running: dict[asyncio.Task[None], Claim] = {}
         self._results: asyncio.Queue[AttemptEnd] = asyncio.Queue()
@@ -146,14 +148,17 @@ class Engine:
         async with self._database.write() as connection:
             # looked at only now: while others wrote, more slots got free and more records were kept
             free, kept = self._free_slots(), self._keeper.ready
+            asked = time.monotonic()  # before the database's clock: a lease surely lasts as long from here
             now = await self._database.now(connection)
             moved, fresh = await self._keeper.write_kept(connection, kept, now) if kept else (Advanced(), {})
             states = await lanes.load(connection)
             for name, slots in free.items():
                 wanted = self._wanted(name, slots, states.get(name), now)
                 if wanted is not None:
-                    claims += await self._claim_lane(connection, wanted, now, fresh)
-            claims = await self._with_siblings(connection, claims)
+                    taken = await self._claim_lane(connection, wanted, now, fresh)
+                    held_until = asked + wanted.lease_seconds
+                    claims += [replace(claim, held_until=held_until) for claim in taken]
+            claims = await self._links.add_to(connection, await self._with_siblings(connection, claims))
         self._hungry = any(self._count(claims, name) >= slots for name, slots in free.items()) or not free
         self._keeper.written(kept)
         self._progress.announce(moved)
@@ -181,7 +186,7 @@ class Engine:
                 return None
         if limits.min_interval_seconds > 0:
             slots = 1
-        return Wanted(name, slots, limits.timeout_seconds + LEASE_MARGIN_SECONDS)
+        return Wanted(name, slots, limits.timeout_seconds + self._settings.lease_margin_seconds)
 
     async def _claim_lane(
         self, connection: Connection, wanted: Wanted, now: datetime, fresh: Mapping[UUID, JobRow]
@@ -237,12 +242,15 @@ class Engine:
         except LeaseLostError:
             _log.warning("lease_lost", session=claim.job.session, destination=claim.step.destination)
             return
+        except LeaseTooShortError:
+            _log.warning("lease_too_short", session=claim.job.session, destination=claim.step.destination)
+            end = self._endings.not_begun(claim)
         except asyncio.CancelledError:
             end = self._cut(claim, destination, "the service was stopped during the attempt", "interrupted", started)
         except Exception as error:  # noqa: BLE001 - what a plugin gave may break us later; the step must not hang
             _log.exception("attempt_crashed", session=claim.job.session, destination=destination.name)
             end = self._cut(claim, destination, f"{type(error).__name__}: {error}", "internal_error", started)
-        self._results.put_nowait(end)
+        self._results.put_nowait(of_link(end) if claim.step.links else end)
 
     def _cut(self, claim: Claim, destination: Registered, reason: str, code: str, started: float) -> AttemptEnd:
         """End an attempt that did not come to its own end: a request may have left."""
@@ -251,8 +259,9 @@ class Engine:
         return self._endings.of_attempt(claim, destination, UnknownOutcome(reason, code=code), started)
 
     async def _export(self, claim: Claim, destination: Registered, started: float) -> AttemptEnd:
-        copy, sha256 = claim.copy, claim.job.record_sha256
-        if copy.record_id is not None and copy.sent_sha256 == sha256 and not destination.can_verify:
+        copy = claim.copy
+        is_there = copy.record_id is not None and copy.sent_sha256 == claim.job.record_sha256
+        if is_there and not claim.step.links and not destination.can_verify:
             # it cannot compare for itself, and a second export could become a second copy
             known = ExportResult(
                 success=True, destination_name=destination.name, record_id=copy.record_id,
@@ -260,7 +269,7 @@ class Engine:
             )  # fmt: skip
             return self._endings.of_attempt(claim, destination, known, started)
         context = await self.context_of(claim)
-        ending = await self.callers[destination.name].export(context)
+        ending = await self.callers[destination.name].export(context, claim.held_until)
         if isinstance(ending, Declined):
             return skipped(claim, "the destination does not accept this record")
         return self._endings.of_attempt(claim, destination, ending, started)
@@ -282,7 +291,7 @@ class Engine:
 
     async def _look_up(self, claim: Claim, destination: Registered, started: float) -> AttemptEnd:
         """Ask the destination what became of a request whose outcome is unknown."""
-        answer = await self.callers[destination.name].verify(await self.context_of(claim))
+        answer = await self.callers[destination.name].verify(await self.context_of(claim), claim.held_until)
         return self._endings.of_look_up(claim, destination, answer, started)
 
     # --- T4: results ---------------------------------------------------------------------------------------
@@ -315,7 +324,7 @@ class Engine:
     async def _write_batch(self, connection: Connection, batch: Sequence[AttemptEnd], now: datetime) -> Advanced:
         known = {end.claim.job.id: end.claim.job for end in batch}
         current = await jobs.current_states(connection, known.values(), lock=not self._database.is_sqlite)
-        ends = await steps.lock_copies(connection, batch)
+        ends = await steps.lock_copies(connection, batch, self._links.involved)
         for lost in set(map(id, batch)) - set(map(id, ends)):
             _log.warning("result_refused", reason="another process took the step over", end=lost)
         written = [of_superseded(end) if current[end.claim.job.id].superseded_by else end for end in ends]
@@ -326,10 +335,11 @@ class Engine:
             await lanes.change(connection, list(changes.values()), now, is_sqlite=self._database.is_sqlite)
             if any(_changes_state(before.get(name), change) for name, change in changes.items()):
                 await jobs.decide_waiting_jobs(connection, now)
+        linked = await self._links.make_due(connection, written, now)
         moved = await self._progress.advance_loaded(connection, current.values(), now)
         # a retry may be due at once, and a copy that is free again may be what a newer build waits for
         again = any(end.step.next_attempt_at or current[end.claim.job.id].superseded_by for end in written)
-        return replace(moved, begun=moved.begun or again)
+        return replace(moved, begun=moved.begun or again or linked)
 
 
 def _changes_state(before: LaneRow | None, change: LaneChange) -> bool:

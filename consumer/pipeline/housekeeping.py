@@ -11,7 +11,7 @@ from consumer.pipeline.attempt import Caller
 from consumer.pipeline.progress import Progress
 from consumer.pipeline.retry import next_probe
 from consumer.pipeline.signals import Signals
-from consumer.store import consumers, jobs, lanes, rechecks, steps
+from consumer.store import consumers, jobs, lanes, recovery
 from consumer.store.connection import Connection, Database, DatabaseError
 from consumer.store.rows import LaneChange, LaneRow, LaneState
 from consumer.telemetry import get_logger
@@ -59,7 +59,7 @@ class Housekeeping:
             found = await self._abandon(connection, now, everything=self._database.is_sqlite)
             if self._database.is_sqlite:
                 await jobs.release_snapshots(connection, now)
-                await rechecks.release_look_ups(connection, now)
+                await recovery.release_look_ups(connection, now)
         if found:
             _log.warning("steps_recovered", count=found)
         return found
@@ -79,7 +79,7 @@ class Housekeeping:
             now = await self._database.now(connection)
             decisions = await jobs.due_decisions(connection, now, DECISIONS)
             states = await lanes.load(connection)
-            late = await steps.waited_too_long(connection, now - self._max_wait)
+            late = await recovery.waited_too_long(connection, now - self._max_wait)
         if decisions or late:
             await self._decide(decisions, late)
         for lane in states.values():
@@ -124,7 +124,7 @@ class Housekeeping:
     async def _decide(self, decisions: list[UUID], late: list[tuple[UUID, str]]) -> None:
         async with self._database.write() as connection:
             now = await self._database.now(connection)
-            await steps.give_up(connection, late)
+            await recovery.give_up(connection, late)
             await jobs.decide_later(connection, [(job, None) for job in decisions])
             moved = await self._progress.advance(connection, {*decisions, *(job for job, _ in late)}, now)
         self._progress.announce(moved)
@@ -157,10 +157,10 @@ class Housekeeping:
             await lanes.change(connection, [change], now, is_sqlite=self._database.is_sqlite)
 
     async def _abandon(self, connection: Connection, now: datetime, *, everything: bool) -> int:
-        found = await steps.abandoned_steps(connection, now, everything=everything)
+        found = await recovery.abandoned_steps(connection, now, everything=everything)
         for job, destination in found:
             known = self._registry.known.get(destination)
-            await steps.abandon(
+            await recovery.abandon(
                 connection, job, destination, now,
                 can_verify=known.can_verify if known else False, dead=everything,
             )  # fmt: skip

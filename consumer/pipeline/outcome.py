@@ -43,25 +43,25 @@ def results_of(steps: Sequence[StepRow]) -> tuple[DestinationResult, ...]:
 
 def _result(step: StepRow) -> DestinationResult:
     known = dict(step.result or {})
-    done = step.state is StepState.DONE
+    done = step.outcome_state is StepState.DONE
     return DestinationResult(
         destination=step.destination,
         success=done,
-        skipped=step.state is StepState.SKIPPED,
+        skipped=step.outcome_state is StepState.SKIPPED,
         action=known.get("action", "none") if done else "none",
         record_id=known.get("record_id") if done else None,
         record_url=known.get("record_url") if done else None,
         error_code=None if done else (step.error_code or (step.state if step.state.terminal else None)),
         error_message=None if done else step.reason,
         next_action=_next_action(step, known.get("next_action")),
-        attempts=step.attempts,
+        attempts=known.get("attempts", step.attempts),
         timestamp=known.get("timestamp"),
         metadata=known.get("metadata") or {},
     )
 
 
 def _next_action(step: StepRow, advised: str | None) -> Any:
-    if step.state in {StepState.DONE, StepState.SKIPPED, StepState.SUPERSEDED}:
+    if step.outcome_state in {StepState.DONE, StepState.SKIPPED, StepState.SUPERSEDED}:
         return "none"
     if advised and advised != "none":  # an attempt that was to be repeated advised nothing, but there is no other
         return advised

@@ -138,13 +138,13 @@ class Progress:
             declared.links_to if declared else (),
             declared.depends_on if declared else (),
         )
-        return StepView(place, step.state, step.attempts, step.due_since)
+        return StepView(place, step.outcome_state, step.attempts, step.due_since)
 
 
 def log_ended(ended: Iterable[Ended]) -> None:
     """Log each ended job once, after the commit that ended it."""
     for item in ended:
-        done = sum(step.state is StepState.DONE for step in item.steps)
+        done = sum(step.outcome_state is StepState.DONE for step in item.steps)
         event = "job_exported" if item.job.state is JobState.EXPORTED else "job_failed"
         write = _log.info if item.job.state is JobState.EXPORTED else _log.error
         write(

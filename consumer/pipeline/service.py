@@ -69,7 +69,9 @@ def build_pipeline(settings: Settings, database: Database, registry: Registry) -
     keeper = Keeper(database, progress, signals, reader, spool, wait_seconds=settings.record_wait_seconds)
     engine = Engine(
         database, registry, progress, signals, keeper=keeper,
-        settings=EngineSettings(owner, retry, settings.instrument_data_path, settings.data_path),
+        settings=EngineSettings(
+            owner, retry, settings.lease_margin_seconds, settings.instrument_data_path, settings.data_path
+        ),
     )  # fmt: skip
     return Pipeline(
         database=database,

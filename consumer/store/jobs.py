@@ -11,11 +11,14 @@ from pydantic_core import from_json, to_json
 from sqlalchemy import Row, and_, bindparam, case, insert, literal, not_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from consumer.store.rows import JobRow, JobState, NewJob, StepRow, StepState, text_of, uuid_of
+from consumer.store.rows import LINK, JobRow, JobState, NewJob, StepRow, StepState, text_of, uuid_of
 from consumer.store.tables import Utc, jobs, steps
 
 #: A consumer that took a job for its snapshot and died loses it after this time (PostgreSQL).
 SNAPSHOT_LEASE_SECONDS = 30
+
+#: Steps that have nothing to lose; one that only adds links is the work of a record that is exported.
+_NOT_BEGUN = (steps.c.state.in_((StepState.BLOCKED, StepState.DUE)), steps.c.purpose != LINK)
 
 _CHUNK = 500  # SQLite takes some thousands of parameters in a statement, so long lists go in parts
 
@@ -100,7 +103,7 @@ async def supersede(connection: AsyncConnection, old: UUID, new: UUID) -> None:
     )
     await connection.execute(
         update(steps)
-        .where(steps.c.job_id == text_of(old), steps.c.state.in_((StepState.BLOCKED, StepState.DUE)))
+        .where(steps.c.job_id == text_of(old), *_NOT_BEGUN)
         .values(state=StepState.SUPERSEDED, next_attempt_at=None, reason="a newer build took over")
     )
 
@@ -192,7 +195,7 @@ async def fail_all_steps(connection: AsyncConnection, job: UUID, code: str, reas
     """Fail every step that has not ended: the record itself is at fault."""
     await connection.execute(
         update(steps)
-        .where(steps.c.job_id == text_of(job), steps.c.state.in_((StepState.BLOCKED, StepState.DUE)))
+        .where(steps.c.job_id == text_of(job), *_NOT_BEGUN)
         .values(state=StepState.FAILED, error_code=code, reason=reason, next_attempt_at=None)
     )
     await connection.execute(update(jobs).where(jobs.c.id == text_of(job)).values(snapshot_due_at=None))

@@ -62,20 +62,6 @@ async def finish(
     return bool(changed.rowcount)
 
 
-async def release_look_ups(connection: AsyncConnection, now: datetime) -> None:
-    """At the start of the only engine: a look-up that a dead one had begun is due now, not when its lease ends."""
-    await connection.execute(
-        update(steps)
-        .where(steps.c.state == StepState.UNSETTLED, steps.c.next_attempt_at > now)
-        .values(next_attempt_at=now)
-    )
-    await connection.execute(
-        update(copies)
-        .where(copies.c.lease_until.is_not(None))
-        .values(owner=None, lease_until=None, fence=copies.c.fence + 1)
-    )
-
-
 async def report(connection: AsyncConnection, claim: Claim, finding: Finding, now: datetime) -> None:
     """Write what the last look-up found into upload_log."""
     await connection.execute(

@@ -1,5 +1,7 @@
 """States and frozen rows that the store gives and takes."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -59,6 +61,11 @@ class LaneState(StrEnum):
     OPEN = "open"
     PAUSED = "paused"
 
+
+#: Purpose of a step that adds links to a finished copy.
+LINK = "link"
+#: Its error code when a link could not be added: the record itself is exported.
+LINK_FAILED = "link_failed"
 
 #: Conversions of job ids: each record needs them a dozen times, and Python's own are slow.
 uuid_of = lru_cache(maxsize=8192)(UUID)
@@ -146,6 +153,16 @@ class StepRow:
     reason: str | None
     result: dict[str, Any] | None
 
+    @property
+    def links(self) -> bool:
+        """Tell whether the record is exported and the step only adds links to its copy."""
+        return self.purpose == LINK
+
+    @property
+    def outcome_state(self) -> StepState:
+        """Return the state that strategy and outcome see: a late link changes neither."""
+        return StepState.DONE if self.links else self.state
+
 
 @dataclass(frozen=True, slots=True)
 class CopyRow:
@@ -158,6 +175,7 @@ class CopyRow:
     build_time: datetime | None = None
     remembered: dict[str, Any] = field(default_factory=dict)
     fence: int = 0
+    links_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +201,10 @@ class Claim:
     fence: int
     lease_until: datetime
     siblings: tuple[StepRow, ...]
+    #: the same by this process's monotonic clock, in seconds: it goes on while the process is stopped
+    held_until: float = math.inf
+    #: addresses of the copies that this one links to, by destination
+    links: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def looks_up(self) -> bool:
@@ -235,6 +257,7 @@ class CopyChange:
     stored_sha256: str | None = None
     build_time: datetime | None = None
     remembered: dict[str, Any] | None = None
+    links_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import func, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from consumer.store import consumers, lanes
-from consumer.store.rows import JobState, LaneRow, StepState
+from consumer.store.rows import LINK_FAILED, JobState, LaneRow, StepState
 from consumer.store.tables import jobs, outbox, steps
 
 #: A consumer that wrote no sign of life for this long counts as gone.
@@ -87,7 +87,8 @@ async def _last_failed(connection: AsyncConnection, limit: int = 10) -> tuple[Fa
     query = (
         select(jobs.c.session, jobs.c.finished_at, steps.c.destination, steps.c.error_code, steps.c.reason)
         .join(steps, steps.c.job_id == jobs.c.id)
-        .where(jobs.c.state == JobState.FAILED, steps.c.state.in_((StepState.FAILED, StepState.UNCERTAIN)))
+        .where(or_(jobs.c.state == JobState.FAILED, steps.c.error_code == LINK_FAILED))
+        .where(or_(steps.c.state.in_((StepState.FAILED, StepState.UNCERTAIN)), steps.c.error_code == LINK_FAILED))
         .order_by(jobs.c.finished_at.desc())
         .limit(limit)
     )

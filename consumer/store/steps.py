@@ -1,10 +1,9 @@
 """Steps and copies: claiming work (T2), remembering facts (T3), writing results (T4)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
-from uuid import UUID
 
 from pydantic_core import from_json, to_json
 from sqlalchemy import (
@@ -17,7 +16,6 @@ from sqlalchemy import (
     case,
     func,
     insert,
-    literal_column,
     or_,
     select,
     tuple_,
@@ -37,7 +35,6 @@ from consumer.store.rows import (
     StepRow,
     StepState,
     text_of,
-    uuid_of,
 )
 from consumer.store.tables import Utc, copies, jobs, steps, upload_log
 
@@ -161,7 +158,7 @@ async def _hold_copies(
 
 
 def _with_copy(item: Claim, row: Row[Any]) -> Claim:
-    return Claim(item.step, item.job, copy_row(row), row.fence, item.lease_until, item.siblings)
+    return replace(item, copy=copy_row(row), fence=row.fence)
 
 
 def copy_row(row: Row[Any]) -> CopyRow:
@@ -174,6 +171,7 @@ def copy_row(row: Row[Any]) -> CopyRow:
         build_time=row.build_time,
         remembered=from_json(row.remembered) if row.remembered else {},
         fence=row.fence,
+        links_sha256=row.links_sha256,
     )
 
 
@@ -191,14 +189,22 @@ def _same_copy(claimed: Claim) -> Any:
     return and_(copies.c.session == claimed.step.session, copies.c.destination == claimed.step.destination)
 
 
-async def lock_copies(connection: AsyncConnection, ends: Sequence[AttemptEnd]) -> list[AttemptEnd]:
-    """Return the ends whose fence still holds; on PostgreSQL their copies stay locked until the commit."""
-    keys = sorted({(end.claim.step.session, end.claim.step.destination) for end in ends})
+async def lock_copies(
+    connection: AsyncConnection, ends: Sequence[AttemptEnd], linked: frozenset[str] = frozenset()
+) -> list[AttemptEnd]:
+    """Return the ends whose fence still holds; on PostgreSQL their copies stay locked until the commit.
+
+    Copies that link to each other (``linked``) are locked together, so that of two results that are written at
+    once the later one sees the earlier.
+    """
+    keys = {(end.claim.step.session, end.claim.step.destination) for end in ends}
+    keys |= {(session, other) for session, name in keys if name in linked for other in linked}
+    ordered = sorted(keys)
     fences: dict[tuple[str, str], int] = {}
-    for start in range(0, len(keys), 200):
+    for start in range(0, len(ordered), 200):
         query = (
             select(copies.c.session, copies.c.destination, copies.c.fence)
-            .where(tuple_(copies.c.session, copies.c.destination).in_(keys[start : start + 200]))
+            .where(tuple_(copies.c.session, copies.c.destination).in_(ordered[start : start + 200]))
             .order_by(copies.c.session, copies.c.destination)
             .with_for_update()
         )
@@ -260,6 +266,7 @@ _copy = (
         stored_sha256=func.coalesce(bindparam("stored", type_=Text()), copies.c.stored_sha256),
         build_time=func.coalesce(bindparam("built", type_=Utc()), copies.c.build_time),
         remembered=func.coalesce(bindparam("facts", type_=Text()), copies.c.remembered),
+        links_sha256=func.coalesce(bindparam("linked", type_=Text()), copies.c.links_sha256),
         recheck_at=case(
             (or_(bindparam("unknown", type_=Boolean()), copies.c.recheck_at.is_not(None)),
              func.coalesce(bindparam("recheck", type_=Utc()), copies.c.recheck_at)),
@@ -283,6 +290,7 @@ def _copy_values(end: AttemptEnd) -> dict[str, Any]:
         "stored": change.stored_sha256 if change else None,
         "built": change.build_time if change else None,
         "facts": to_json(change.remembered).decode() if change and change.remembered else None,
+        "linked": change.links_sha256 if change else None,
         "unknown": unsettled,
         "recheck": end.recheck_at,
     }
@@ -332,83 +340,3 @@ async def move_steps(connection: AsyncConnection, changes: Sequence[StepChange])
             for change in changes
         ]
         await connection.execute(_move, values)
-
-
-async def abandoned_steps(connection: AsyncConnection, now: datetime, *, everything: bool) -> list[tuple[UUID, str]]:
-    """Return running steps without a live lease; ``everything``: at the start of the only engine, all of them."""
-    same_copy = and_(copies.c.session == steps.c.session, copies.c.destination == steps.c.destination)
-    query = select(steps.c.job_id, steps.c.destination).outerjoin(copies, same_copy)
-    query = query.where(steps.c.state == literal_column(f"'{StepState.RUNNING}'"))  # names the partial index
-    if not everything:
-        query = query.where(or_(copies.c.lease_until.is_(None), copies.c.lease_until < now)).with_for_update(
-            of=steps, skip_locked=True
-        )
-    return [(uuid_of(row.job_id), row.destination) for row in await connection.execute(query)]
-
-
-async def abandon(
-    connection: AsyncConnection, job: UUID, destination: str, now: datetime, *, can_verify: bool, dead: bool
-) -> None:
-    """Turn an abandoned step into one whose outcome is unknown, and log the attempt as interrupted.
-
-    ``dead``: the old process surely has ended, so its last request left at the latest now; otherwise it may
-    send until its lease ends, which the claim has noted.
-    """
-    row = (
-        await connection.execute(
-            select(steps, jobs.c.event_id, jobs.c.source)
-            .join(jobs, jobs.c.id == steps.c.job_id)
-            .where(steps.c.job_id == text_of(job), steps.c.destination == destination)
-        )
-    ).one()
-    state = StepState.UNSETTLED if can_verify else StepState.UNCERTAIN
-    values: dict[str, Any] = {"state": state, "next_attempt_at": now, "error_code": "interrupted",
-                              "attempts": steps.c.attempts + 1,
-                              "reason": "the process ended during the attempt"}  # fmt: skip
-    if dead:
-        values["last_request_at"] = now
-    where = and_(steps.c.job_id == text_of(job), steps.c.destination == destination)
-    await connection.execute(update(steps).where(where).values(**values))
-    # the fence rises, so that a process that only slept cannot write its result any more
-    await connection.execute(
-        update(copies)
-        .where(copies.c.session == row.session, copies.c.destination == destination)
-        .values(fence=copies.c.fence + 1, owner=None, lease_until=None,
-                holder=text_of(job) if can_verify else None, recheck_at=now if can_verify else None)
-    )  # fmt: skip
-    await connection.execute(
-        insert(upload_log).values(
-            session_identifier=row.session, destination_name=destination, success=False, timestamp=now,
-            error_message="the process ended during the attempt", error_code="interrupted",
-            event_id=row.event_id, source=row.source, attempt=row.attempts + 1, purpose=row.purpose,
-        )
-    )  # fmt: skip
-
-
-async def waited_too_long(connection: AsyncConnection, cutoff: datetime) -> list[tuple[UUID, str]]:
-    """Return steps that have waited since before ``cutoff``: their lane is paused or gone."""
-    query = select(steps.c.job_id, steps.c.destination).where(
-        steps.c.next_attempt_at.is_not(None),
-        steps.c.state.in_((StepState.DUE, StepState.UNSETTLED)),
-        steps.c.due_since < cutoff,
-    )
-    return [(uuid_of(row.job_id), row.destination) for row in await connection.execute(query.limit(500))]
-
-
-async def give_up(connection: AsyncConnection, late: Sequence[tuple[UUID, str]]) -> None:
-    """End steps whose wait is over: due ones fail, those with an unknown outcome become uncertain."""
-    endings = ((StepState.DUE, StepState.FAILED), (StepState.UNSETTLED, StepState.UNCERTAIN))
-    for job, destination in late:
-        for before, after in endings:
-            await connection.execute(
-                update(steps)
-                .where(
-                    steps.c.job_id == text_of(job), steps.c.destination == destination, steps.c.state == before
-                )
-                .values(
-                    state=after, error_code="waited_too_long", next_attempt_at=None,
-                    reason=func.coalesce(steps.c.reason, "nothing took it within NX_EXPORT_MAX_WAIT"),
-                )
-            )  # fmt: skip
-        mine = and_(copies.c.holder == text_of(job), copies.c.destination == destination)
-        await connection.execute(update(copies).where(mine).values(holder=None, owner=None, lease_until=None))

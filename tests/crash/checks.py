@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tests.crash.world import Expected, World
+from tests.crash.world import Expected, Remote, World
 from tests.integration.harness import Heard, job_of, outcome_id, sha256
 from tools.records import Record
 
@@ -35,6 +35,8 @@ def problems_of(world: World) -> list[Problem]:
     for session, builds in world.contents.items():
         found += _copies(world, session, builds)
         found += _archive(world, builds)
+        if world.linked:
+            found += _links(world, world.linked, session, builds)
     found += _messages(world)
     found += _tables(world)
     return found
@@ -64,12 +66,13 @@ def _event(world: World, item: Expected) -> Problems:
 def _claims(world: World, heard: Heard) -> Problems:
     """Compare the copies that an outcome names with what is there."""
     session = heard.data["session_identifier"]
-    there = {record["id"] for record in world.remote.records(session)}
+    parts = {"doors": world.remote, "linker": world.linked}
+    there = {name: {record["id"] for record in part.records(session)} for name, part in parts.items() if part}
     for result in heard.data["results"]:
         if not result["success"]:
             continue
         name, key = result["destination"], result["record_id"]
-        exists = key in there if name == "doors" else (world.site.archive / str(key)).is_file()
+        exists = (world.site.archive / str(key)).is_file() if name == "local_archive" else key in there[name]
         if not exists:
             yield Problem("lost", f"the outcome of {heard.cause} names {key} at {name}, which is not there")
 
@@ -88,6 +91,18 @@ def _copies(world: World, session: str, builds: list[Record]) -> Problems:
             yield Problem("wrong", f"the copy of {session} at {row['destination']} is still held")
         if row["destination"] == "doors" and records and row["record_id"] != records[0]["id"]:
             yield Problem("wrong", f"we remember {row['record_id']} for {session}, there is {records[0]['id']}")
+
+
+def _links(world: World, linked: Remote, session: str, builds: list[Record]) -> Problems:
+    there = linked.records(session)
+    if len(there) != 1:
+        yield Problem("duplicated" if there else "lost", f"{len(there)} linking records of {session}")
+        return
+    if there[0]["sha256"] != sha256(builds[0].content):
+        yield Problem("wrong", f"the linking record of {session} is not the newest build")
+    wanted = [f"{world.remote.url}/records/{record['id']}" for record in world.remote.records(session)]
+    if [there[0]["link"]] != wanted:
+        yield Problem("lost", f"the record of {session} links to {there[0]['link']} instead of {wanted}")
 
 
 def _archive(world: World, builds: list[Record]) -> Problems:
@@ -151,7 +166,9 @@ def _tables(world: World) -> Problems:
         " WHERE steps.state = 'done'"
     )
     log = Counter(
-        (row["event_id"], row["destination_name"]) for row in site.sql("SELECT * FROM upload_log") if row["success"]
+        (row["event_id"], row["destination_name"])
+        for row in site.sql("SELECT * FROM upload_log")
+        if row["success"] and row["purpose"] != "link"
     )
     if log != Counter((row["event_id"], row["destination"]) for row in done):
         yield Problem("wrong", f"upload_log counts {dict(log)} successes, {len(done)} steps are done")

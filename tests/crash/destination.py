@@ -32,6 +32,7 @@ class Doors:
     enabled = True
     settle_seconds = 0.5
     timeout_seconds = 2
+    door = "http"
 
     class Settings(BaseModel):
         """Where the server is."""
@@ -48,7 +49,7 @@ class Doors:
     async def export(self, context: ExportContext) -> ExportResult:
         """Create the record, or update the one that is known."""
         known = context.last_export.record_id if context.last_export else context.remembered.get("record_id")
-        body = {"session": context.session_identifier, "content": context.xml_file_path.read_text(encoding="utf-8")}
+        body = self.body(context)
         if known:
             answer = await self._ask("PUT", f"{self._url}/records/{known}", json=body)
         else:
@@ -58,6 +59,10 @@ class Doors:
             success=True, destination_name=self.name, record_id=answer["id"],
             record_url=f"{self._url}/records/{answer['id']}",
         )  # fmt: skip
+
+    def body(self, context: ExportContext) -> dict[str, Any]:
+        """Return what is sent."""
+        return {"session": context.session_identifier, "content": context.xml_file_path.read_text(encoding="utf-8")}
 
     async def verify(self, context: ExportContext) -> Present | Partial | Absent:
         """Look for a record of the session."""
@@ -69,14 +74,13 @@ class Doors:
             return Present(record["id"], f"{self._url}/records/{record['id']}")
         return Partial(record["id"])
 
-    @staticmethod
-    async def _ask(method: str, url: str, **options: Any) -> Any:
-        reach(f"http:{method}:before-send")
-        sent = asyncio.get_running_loop().call_later(SENT_SECONDS, reach, f"http:{method}:sent")
+    async def _ask(self, method: str, url: str, **options: Any) -> Any:
+        reach(f"{self.door}:{method}:before-send")
+        sent = asyncio.get_running_loop().call_later(SENT_SECONDS, reach, f"{self.door}:{method}:sent")
         try:
             async with aiohttp.ClientSession() as http, http.request(method, url, **options) as response:
                 sent.cancel()
-                reach(f"http:{method}:committed")  # the server has begun to answer
+                reach(f"{self.door}:{method}:committed")  # the server has begun to answer
                 answer = await response.json()
         except aiohttp.ClientConnectorError as error:
             raise Transient(str(error)) from None
@@ -84,7 +88,7 @@ class Doors:
             raise UnknownOutcome(str(error) or type(error).__name__) from None
         finally:
             sent.cancel()
-        reach(f"http:{method}:answered")
+        reach(f"{self.door}:{method}:answered")
         if response.status == 503:
             raise Transient("busy", retry_after=answer.get("retry_after"))
         if response.status == 422:

@@ -11,13 +11,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from consumer import main
 from consumer.broker import Broker, Delivery
-from consumer.pipeline import engine
 from consumer.store import jobs
 from consumer.store.connection import Database
 from tests.crash import files, points
 
 #: Only for a database with leases: how long a dead consumer's work waits.
-LEASE_MARGIN = "CRASH_LEASE_MARGIN"
+LEASE_MARGIN = "NX_LEASE_MARGIN_SECONDS"
 
 _Write = Callable[[Database], AbstractAsyncContextManager[AsyncConnection]]
 _CHANGED = "crash-changed"
@@ -28,7 +27,6 @@ def watch() -> None:
     """Set every point and shorten the leases, if wished."""
     margin = os.environ.get(LEASE_MARGIN)
     if margin:
-        engine.LEASE_MARGIN_SECONDS = float(margin)
         jobs.SNAPSHOT_LEASE_SECONDS = int(float(margin)) + 1
     files.watch_files()
     files.watch_reader()

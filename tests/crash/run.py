@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from tests.crash.checks import Problem, problems_of
 from tests.crash.nursery import Nursery
-from tests.crash.scenarios import SCENARIOS
+from tests.crash.scenarios import LINKED, SCENARIOS
 from tests.crash.world import Remote, World
 from tests.integration.harness import Bus, Site
 from tools.servers.ports import free_port
@@ -34,6 +34,7 @@ R = TypeVar("R")
 DATABASES = ("sqlite", "postgresql")
 PROJECT = Path(__file__).resolve().parents[2]
 PLUGIN = Path(__file__).with_name("destination.py")
+LINKER = Path(__file__).with_name("linker.py")
 #: A point that a run did not pass gets so many more runs: which commit takes what is a matter of time.
 MORE_RUNS = 3
 
@@ -91,7 +92,13 @@ class Stage:
             stack.callback(remote.forget)
             site = Site(folder, url, database, NX_DOORS_URL=remote.url, NX_LOCAL_ARCHIVE_TIMEOUT_SECONDS="5")
             (site.plugins / "doors.py").write_bytes(PLUGIN.read_bytes())
-            world = World(site, stack.enter_context(Bus(url)), remote, self.nursery, case.point)
+            linked = None
+            if case.scenario in LINKED:
+                linked = Remote(self.remote_port, f"{name}-linker")
+                stack.callback(linked.forget)
+                site.settings["NX_LINKER_URL"] = linked.url
+                (site.plugins / "linker.py").write_bytes(LINKER.read_bytes())
+            world = World(site, stack.enter_context(Bus(url)), remote, self.nursery, case.point, linked)
             stack.callback(shutil.rmtree, folder)
             stack.callback(world.kill)
             yield world

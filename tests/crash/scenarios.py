@@ -52,6 +52,14 @@ def older_late(world: World) -> None:
     world.publish(old, hour=9, name="old", expect={"states": ("superseded",)})
 
 
+def late_link(world: World) -> None:
+    """Let the record that a copy links to come after that copy."""
+    record = small(1)
+    world.contents[record.session] = [record]
+    world.remote.fail(record.session, "busy:1.5")
+    world.publish(record)
+
+
 def superseded(world: World) -> None:
     """Let a newer build take over while the older one waits for its retry."""
     old, new = small(1), _other_build()
@@ -98,6 +106,9 @@ def poison(world: World) -> None:
     first_export(world)
 
 
+#: Scenarios with a second destination, which links to the first.
+LINKED = frozenset({"late-link"})
+
 SCENARIOS: Mapping[str, Callable[[World], None]] = MappingProxyType(
     {
         "first-export": first_export,
@@ -105,6 +116,7 @@ SCENARIOS: Mapping[str, Callable[[World], None]] = MappingProxyType(
         "unknown": unknown,
         "newer-build": newer_build,
         "older-late": older_late,
+        "late-link": late_link,
         "superseded": superseded,
         "failed": failed,
         "replay": replay,

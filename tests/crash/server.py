@@ -45,7 +45,7 @@ async def write(request: web.Request) -> web.Response:
     if fault != "drop":
         key = request.match_info.get("id") or f"r{len(part.records) + 1}"
         digest = hashlib.sha256(body["content"].encode()).hexdigest()
-        part.records[key] = {"id": key, "session": body["session"], "sha256": digest}
+        part.records[key] = {"id": key, "session": body["session"], "sha256": digest, "link": body.get("link")}
         if fault != "cut":
             return web.json_response({"id": key})
     if request.transport is not None:

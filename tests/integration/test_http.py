@@ -8,6 +8,7 @@ import socket
 import ssl
 import struct
 import subprocess
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from consumer.destinations import http
+from consumer.destinations.contract import no_request_after
 from consumer.destinations.http import HttpClient, TlsSettings
 from consumer.errors import DestinationError, Misconfigured, Transient, UnknownOutcome
 from tools.servers.ports import free_port
@@ -247,6 +249,19 @@ async def test_an_answer_without_end_is_a_broken_one(*, packed: bool) -> None:
     async with server.running() as url, client_of(url, max_body_bytes=1_000) as client:
         with pytest.raises(UnknownOutcome, match="longer than 1000 bytes"):
             await client.request("POST", "x/", json={}, creates=True)
+
+
+async def test_an_attempt_that_is_over_sends_nothing_more() -> None:
+    """A process that was stopped goes on in the middle of an attempt that somebody else has taken over."""
+    server = Server(says("200 OK"))
+    async with server.running() as url, client_of(url) as client:
+        for connected in (False, True):
+            mark = no_request_after.set(time.monotonic())
+            with pytest.raises(Transient, match="the attempt's time was over"):
+                await client.request("POST", "path/", json={"a": 1}, creates=True)
+            assert len(server.requests) == connected
+            no_request_after.reset(mark)
+            await client.request("POST", "path/", json={"a": 1}, creates=True)
 
 
 async def test_connections_are_kept_and_cookies_are_not() -> None:

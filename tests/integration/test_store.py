@@ -12,7 +12,7 @@ from sqlalchemy import insert, select
 from sqlalchemy.exc import IntegrityError, StatementError
 
 from consumer.events import job_id
-from consumer.store import consumers, jobs, lanes, outbox, schema, status, steps
+from consumer.store import consumers, jobs, lanes, outbox, recovery, schema, status, steps
 from consumer.store.connection import Database, is_data_error
 from consumer.store.rows import (
     AttemptEnd,
@@ -230,10 +230,10 @@ async def test_a_fence_refuses_facts_and_results_that_come_late(database: Databa
     (lost,) = await claim(database)
     async with database.write() as connection:
         assert await steps.remember(connection, lost, {"page": "1"})
-        assert await steps.abandoned_steps(connection, NOW, everything=False) == []
-        found = await steps.abandoned_steps(connection, LATER, everything=False)
+        assert await recovery.abandoned_steps(connection, NOW, everything=False) == []
+        found = await recovery.abandoned_steps(connection, LATER, everything=False)
         assert found == [(job.id, "cdcs")]
-        await steps.abandon(connection, job.id, "cdcs", LATER, can_verify=True, dead=False)
+        await recovery.abandon(connection, job.id, "cdcs", LATER, can_verify=True, dead=False)
     assert await state_of(database, job) is StepState.UNSETTLED
     async with database.write() as connection:
         assert not await steps.remember(connection, lost, {"page": "2"})
@@ -260,8 +260,8 @@ async def test_at_the_start_of_the_only_engine_every_running_step_is_abandoned(
     await due(database, job)
     await claim(database)
     async with database.write() as connection:
-        for found, destination in await steps.abandoned_steps(connection, NOW, everything=True):
-            await steps.abandon(connection, found, destination, NOW, can_verify=can_verify, dead=True)
+        for found, destination in await recovery.abandoned_steps(connection, NOW, everything=True):
+            await recovery.abandon(connection, found, destination, NOW, can_verify=can_verify, dead=True)
     assert await state_of(database, job) is state
 
 

@@ -29,6 +29,7 @@ from consumer.pipeline.attempt import (
     Caller,
     Declined,
     LeaseLostError,
+    LeaseTooShortError,
     build_context,
     record_key,
     step_result,
@@ -316,6 +317,20 @@ async def test_a_lost_lease_passes(kind: Kind) -> None:
         await exported(kind(LeaseLostError()))
     with pytest.raises(LeaseLostError):
         await verified(kind(verify=LeaseLostError()))
+
+
+@BOTH
+async def test_an_attempt_begins_only_when_all_of_it_fits_in_the_lease(kind: Kind) -> None:
+    plugin = kind(GOOD, verify=Absent())
+    async with calling(plugin) as caller:
+        limit = caller.destination.lane.timeout_seconds
+        with pytest.raises(LeaseTooShortError):
+            await caller.export(CONTEXT, held_until=time.monotonic() + limit - 0.1)
+        with pytest.raises(LeaseTooShortError):
+            await caller.verify(CONTEXT, held_until=time.monotonic() + limit - 0.1)
+        assert not plugin.calls
+        await caller.export(CONTEXT, held_until=time.monotonic() + limit + 60)
+        assert plugin.calls
 
 
 @BOTH

@@ -11,7 +11,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from consumer.store import jobs, outbox, rechecks, schema, steps
+from consumer.store import jobs, outbox, rechecks, recovery, schema, steps
 from consumer.store.connection import Database
 from consumer.store.steps import Wanted
 
@@ -20,8 +20,8 @@ Query = Callable[[AsyncConnection], Awaitable[Any]]
 
 QUERIES: dict[str, Query] = {
     "due_steps": lambda c: steps.due_steps(c, Wanted("cdcs", 8, 60), NOW, lock=False),
-    "abandoned_steps": lambda c: steps.abandoned_steps(c, NOW, everything=True),
-    "waited_too_long": lambda c: steps.waited_too_long(c, NOW),
+    "abandoned_steps": lambda c: recovery.abandoned_steps(c, NOW, everything=True),
+    "waited_too_long": lambda c: recovery.waited_too_long(c, NOW),
     "any_snapshot_due": lambda c: jobs.any_snapshot_due(c, NOW),
     "due_decisions": lambda c: jobs.due_decisions(c, NOW, 10),
     "known_digests": lambda c: jobs.known_digests(c, [uuid4()]),
