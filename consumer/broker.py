@@ -92,6 +92,8 @@ class Broker:
         self._may_consume = asyncio.Event()
         self._may_consume.set()
         self.connected_before = False
+        #: how often the work queue was found missing since the start
+        self.work_queue_losses = 0
 
     @property
     def connected(self) -> bool:
@@ -138,6 +140,8 @@ class Broker:
         connection = await connect(self.url, self._name)
         try:
             publishing = await connection.channel(publisher_confirms=True)
+            if self.connected_before and not await _has_work_queue(connection):
+                self._work_queue_gone()
             await declare_topology(publishing, self._exchange_name)
             self._publishing = await publishing.get_underlay_channel()
             connection.close_callbacks.add(self._on_break)
@@ -187,11 +191,15 @@ class Broker:
 
     def _on_cancel(self, *_: Any) -> None:
         """Hear that the broker ended our consumer: its queue was deleted or moved."""
+        self._work_queue_gone()
+        self._broken.set()
+
+    def _work_queue_gone(self) -> None:
+        self.work_queue_losses += 1
         _log.error(
             "work_queue_gone", queue=WORK_QUEUE,
-            consequence="it is declared again; events published while it was missing may be lost",
+            consequence="it is declared again; what was in it or was published meanwhile may be lost",
         )  # fmt: skip
-        self._broken.set()
 
     async def _on_message(self, message: DeliveredMessage) -> None:
         properties = message.header.properties
@@ -254,6 +262,16 @@ async def connect(url: str, name: str) -> aio_pika.abc.AbstractConnection:
     except ValueError as error:
         message = f"NX_AMQP_URL is not an AMQP address (amqp://user:password@host/): {error}"
         raise ConfigurationError(message) from None
+
+
+async def _has_work_queue(connection: aio_pika.abc.AbstractConnection) -> bool:
+    channel = await connection.channel()
+    try:
+        await channel.declare_queue(WORK_QUEUE, passive=True)
+    except aiormq.exceptions.ChannelNotFoundEntity:
+        return False
+    await channel.close()
+    return True
 
 
 async def declare_topology(channel: AbstractChannel, exchange_name: str) -> AbstractExchange:

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from consumer.broker import DEAD_QUEUE, WORK_QUEUE, BrokerAwayError, Client, queue_depths
@@ -12,10 +13,12 @@ from consumer.commands.destinations import check_all
 from consumer.commands.settings import unknown_names
 from consumer.config import Environment, Settings
 from consumer.destinations.registry import Registry
-from consumer.store import schema
+from consumer.store import notices, schema
 from consumer.store.connection import Database, DatabaseError, file_system_of
 
 LOW_DISK_BYTES = 500 * 1024**2
+#: So long a loss is told.
+NOTICE_DAYS = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,21 @@ async def _database(database: Database) -> list[Finding]:
         return [Finding(f"database {where}", f"{kind}, empty: the first run makes its tables")]
     if revision != newest:
         return [Finding(f"database {where}", f"at {revision}, not {newest}", "nexus-export db upgrade")]
-    return [Finding(f"database {where}", f"{kind}, revision {revision}")]
+    return [Finding(f"database {where}", f"{kind}, revision {revision}"), *await _notices(database)]
+
+
+async def _notices(database: Database) -> list[Finding]:
+    """Tell what happened lately that nobody can mend afterwards."""
+    async with database.read() as connection:
+        now = await database.now(connection)
+        found = await notices.since(connection, now - timedelta(days=NOTICE_DAYS))
+    at = found.get(notices.WORK_QUEUE_GONE)
+    if at is None:
+        return []
+    return [Finding(f"queue {WORK_QUEUE}", f"was gone {console.ago(at)} and was declared again: what was in it, and "
+                    "events published while it was missing, may be lost",
+                    "publish again what was built around that time: nexus-export publish; this line ends after "
+                    f"{NOTICE_DAYS} days")]  # fmt: skip
 
 
 def _paths(settings: Settings) -> Iterator[Finding]:

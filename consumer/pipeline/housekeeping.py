@@ -11,8 +11,9 @@ from consumer.pipeline.attempt import Caller
 from consumer.pipeline.progress import Progress
 from consumer.pipeline.retry import next_probe
 from consumer.pipeline.signals import Signals
-from consumer.store import consumers, jobs, lanes, recovery
+from consumer.store import consumers, jobs, lanes, notices, recovery
 from consumer.store.connection import Connection, Database, DatabaseError
+from consumer.store.notices import WORK_QUEUE_GONE
 from consumer.store.rows import LaneChange, LaneRow, LaneState
 from consumer.telemetry import get_logger
 
@@ -48,6 +49,9 @@ class Housekeeping:
         #: asked for each sign of life; without a broker (``export``) nothing is reported as missing
         self.is_connected: Callable[[], bool] = lambda: True
         self._told_connected: bool | None = None
+        #: asked for each sign of life: how often the work queue was found missing
+        self.work_queue_losses: Callable[[], int] = lambda: 0
+        self._told_losses = 0
         self._checks: set[asyncio.Task[None]] = set()
         self._probes: dict[str, asyncio.Task[None]] = {}
         self._signals = signals
@@ -114,12 +118,15 @@ class Housekeeping:
         connected = self.is_connected()
         if due or self._told_connected is not connected:
             self._told_connected = connected
+            losses = self.work_queue_losses()
             async with self._database.write() as connection:
                 await consumers.beat(
                     connection, self._owner, now, connected=connected,
                     is_sqlite=self._database.is_sqlite,
                 )  # fmt: skip
-            self._beat_at = now
+                if losses != self._told_losses:
+                    await notices.note(connection, WORK_QUEUE_GONE, now, is_sqlite=self._database.is_sqlite)
+            self._beat_at, self._told_losses = now, losses
 
     async def _decide(self, decisions: list[UUID], late: list[tuple[UUID, str]]) -> None:
         async with self._database.write() as connection:

@@ -96,6 +96,7 @@ async def serve(pipeline: Pipeline, broker: Broker, stop: asyncio.Event) -> None
     await pipeline.housekeeping.recover()
     await pipeline.housekeeping.check_destinations()
     pipeline.housekeeping.is_connected = lambda: broker.connected
+    pipeline.housekeeping.work_queue_losses = lambda: broker.work_queue_losses
     relay = OutboxRelay(pipeline.database, broker, pipeline.signals)
     async with asyncio.TaskGroup() as group:
         connection = group.create_task(broker.run(), name="broker")

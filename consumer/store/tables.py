@@ -206,6 +206,13 @@ upload_log = Table(
     Index("ix_upload_log_destination_name", "destination_name"),
 )
 
+notices = Table(
+    "notices",
+    metadata,
+    Column("code", String(64), primary_key=True),
+    Column("at", Utc, nullable=False),
+)
+
 consumers = Table(
     "consumers",
     metadata,

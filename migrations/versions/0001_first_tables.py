@@ -1,4 +1,4 @@
-"""The first tables: jobs, steps, copies, lanes, outbox, upload_log, consumers."""
+"""The first tables: jobs, steps, copies, lanes, outbox, upload_log, consumers, notices."""
 
 from datetime import datetime
 
@@ -32,6 +32,11 @@ def upgrade() -> None:
         sa.Column("started_at", moment(), nullable=False),
         sa.Column("seen_at", moment(), nullable=False),
         sa.Column("broker_connected", sa.Boolean, nullable=False),
+    )
+    op.create_table(
+        "notices",
+        sa.Column("code", sa.String(64), primary_key=True),
+        sa.Column("at", moment(), nullable=False),
     )
 
 

@@ -285,6 +285,9 @@ def test_a_queue_that_was_deleted_is_declared_again(tmp_path: Path, amqp_url: st
         bus.delete(queue)
         if queue == WORK_QUEUE:
             wait_for(bus.consumers, 10, "the work queue and its consumer", service.log)
+            wait_for(lambda: here.sql("SELECT at FROM notices"), 10, "the notice of the loss", service.log)
+        doctor = here.run("doctor").stdout
+        assert ("was declared again" in doctor) == (queue == WORK_QUEUE)
         good, bad = small(1), small(2)
         bus.publish(built(good.session, inline("a.xml", good.content), event_id="ok"))
         bus.publish(built(bad.session, inline("b.xml", bad.content), event_id="bad", destinations=["nowhere"]))
