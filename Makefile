@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check e2e bench kill-storm crash-matrix mutants test-rabbitmq4 lock docs-reference clean
+.PHONY: help run test check e2e bench kill-storm kill-storm-short crash-matrix crash-matrix-tenth mutants test-rabbitmq4 lock docs-reference clean
 
 help: ## list the commands
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -37,6 +37,17 @@ kill-storm: $(VENV)/dev.stamp ## records under hundreds of kill -9, checked agai
 crash-matrix: $(VENV)/dev.stamp ## one crash at each effect that a record has, then restart and compare
 	@sh tools/packages.sh rabbitmq postgresql
 	@$(BIN)/python -m tests.crash.run --database both
+
+# Parts of the two proofs above that fit into a merge; another part each day, and the seed is printed.
+SEED ?= $(shell date +%Y%m%d)
+
+kill-storm-short: $(VENV)/dev.stamp ## the same in two minutes
+	@sh tools/packages.sh rabbitmq
+	@$(BIN)/python -m tests.storm.run --records 120 --kills 12 --minutes 2 --seed $(SEED)
+
+crash-matrix-tenth: $(VENV)/dev.stamp ## a tenth of the crash matrix, drawn anew each day
+	@sh tools/packages.sh rabbitmq postgresql
+	@$(BIN)/python -m tests.crash.run --database both --tenth $(SEED)
 
 mutants: $(VENV)/dev.stamp ## take out each guarantee once and see its test fail
 	@sh tools/packages.sh rabbitmq postgresql
