@@ -74,7 +74,10 @@ def _is_link(name: str, folder: int) -> bool:
 
 
 def _read(descriptor: int, shown: str, limit: int) -> bytes:
-    status = os.fstat(descriptor)
+    try:
+        status = os.fstat(descriptor)
+    except OSError as error:  # a network file system may lose a file that is open
+        raise RecordNotThereYet("record_unreadable", f"{shown}: {error.strerror}") from None
     if not stat.S_ISREG(status.st_mode):
         raise RecordRefused("record_not_a_file", f"{shown} is no regular file")
     if status.st_size > limit:

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -94,9 +94,9 @@ class Intake:
             try:
                 await self.accept([_arrived(delivery) for delivery in batch])
             except DatabaseError as error:
-                _log.error("database_away", reason=str(error).splitlines()[0], retry_in_seconds=RETRY_SECONDS)
+                _log_away(error)
                 broker.pause()
-                await asyncio.sleep(RETRY_SECONDS)
+                await self._accept_later(batch)
                 broker.resume()
                 continue
             # one ack for the batch: deliveries of a channel come in the order of their tags
@@ -112,6 +112,22 @@ class Intake:
             return await self._one_by_one(batch)
         self._announce(result)
         return result
+
+    async def _accept_later(self, batch: Sequence[Delivery]) -> None:
+        """Wait for the database with events that have gone back to the queue; they are known when they come again.
+
+        Fetching them anew for each try would use up the queue's delivery limit and make dead letters of them.
+        """
+        # of a batch that failed on its way, some letters may be written already
+        again = [replace(_arrived(delivery), redelivered=True) for delivery in batch]
+        while True:
+            await asyncio.sleep(RETRY_SECONDS)
+            try:
+                await self.accept(again)
+            except DatabaseError as error:
+                _log_away(error)
+            else:
+                return
 
     def _announce(self, result: Accepted) -> None:
         """After the commit: log, and hand new jobs to the keeper."""
@@ -139,6 +155,7 @@ class Intake:
             now = await self._database.now(connection)
             result = await self._sort(connection, batch, now)
             result.handed_on = self._signals.records.has_room(len(result.new))
+            await self._pass_over(connection, result, now)
             await self._write_new(connection, result, now)
             for item, error in result.poison:
                 result.advanced.append(await self._write_poison(connection, item, error, now))
@@ -205,6 +222,21 @@ class Intake:
             return "unknown_strategy", f"{strategy[:100]!r}: known are {', '.join(STRATEGIES)}"
         return None
 
+    async def _pass_over(self, connection: Connection, result: Accepted, now: datetime) -> None:
+        """Pass over replayed builds that have a newer one by now: they repeat what it came to."""
+        if not result.reopened:
+            return
+        replayed = await jobs.load_jobs(connection, result.reopened)
+        newest = await jobs.newest_builds(connection, {job.session for job in replayed.values()})
+        for job in replayed.values():
+            successor = newest[job.session]
+            if successor.id == job.id:
+                continue
+            await jobs.supersede(connection, job.id, successor.id)
+            result.superseded.add(job.id)
+            if successor.state is not JobState.OPEN:
+                result.advanced.append(await self._progress.repeat_outcome(connection, successor, now))
+
     async def _write_new(self, connection: Connection, result: Accepted, now: datetime) -> None:
         newest = await jobs.newest_builds(connection, {job.session for job in result.new})
         await jobs.insert_jobs(connection, result.new, now, handed_on=result.handed_on)
@@ -257,6 +289,10 @@ def _id_reused(event: BuiltEvent) -> PoisonEventError:
         event_id=event.id,
         session=event.data.session_identifier,
     )
+
+
+def _log_away(error: BaseException) -> None:
+    _log.error("database_away", reason=str(error).splitlines()[0], retry_in_seconds=RETRY_SECONDS)
 
 
 def _log_accepted(result: Accepted) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from uuid import UUID
 
+from consumer.events import RecordByPath, restore_built
 from consumer.pipeline.progress import Advanced, Progress
 from consumer.pipeline.reader import Read, RecordReader
 from consumer.pipeline.signals import HANDOFF_LIMIT, Signals, wait
@@ -23,16 +24,24 @@ FILE_RETRY_MAX_SECONDS = 30.0
 
 _log = get_logger()
 
+#: What went wrong with the folder of records, or with our own: no fault of a record.
+_OF_ALL_RECORDS = frozenset({"root_missing", "spool_failed"})
+
 
 @dataclass(slots=True)
 class Health:
     """Why records cannot be read now, for readiness and ``status``; empty when they can."""
 
     problem: str = ""
+    #: the kind of reading that failed
+    kind: str = ""
 
 
 class Keeper:
-    """Has records read in batches; ``wait_seconds`` is how long a file may be missing."""
+    """Has records read in batches.
+
+    ``wait_seconds`` is how long a file may be missing, ``max_wait_seconds`` how long the whole root may.
+    """
 
     def __init__(
         self,
@@ -43,12 +52,14 @@ class Keeper:
         spool: Spool,
         *,
         wait_seconds: float,
+        max_wait_seconds: float,
     ) -> None:
         self._database = database
         self._progress = progress
         self._reader = reader
         self.spool = spool
         self._wait = timedelta(seconds=wait_seconds)
+        self._max_wait = timedelta(seconds=max_wait_seconds)
         self.health = Health()
         self._signals = signals
         #: what was read and waits for the engine to write it down
@@ -105,11 +116,11 @@ class Keeper:
 
     async def _take(self) -> list[JobRow]:
         """Take what intake has handed on; once a second, and when there is nothing, look into the database."""
-        fresh = self._signals.records.take(BATCH)
-        if fresh and time.monotonic() - self._looked_at < IDLE_SECONDS:
+        if time.monotonic() - self._looked_at < IDLE_SECONDS and (fresh := self._signals.records.take(BATCH)):
             return fresh
         self._looked_at = time.monotonic()
-        return fresh + await self._take_stored()
+        stored = await self._take_stored()  # first: what it raises must not lose what waits in memory
+        return self._signals.records.take(BATCH) + stored
 
     async def _take_stored(self) -> list[JobRow]:
         """Lease jobs that wait in the database: from before a crash, postponed, or too many for the memory."""
@@ -130,40 +141,48 @@ class Keeper:
         known = [job for job, _ in kept]
         current = await jobs.current_states(connection, known, lock=not self._database.is_sqlite)
         opened = [(current[job.id], item) for job, item in kept if current[job.id].state is JobState.OPEN]
-        problem = ""
         advanced: list[JobRow] = []
         for job, item in opened:
             if item.kind == "kept":
                 advanced.append(replace(job, record_sha256=item.sha256, record_name=item.name, facts=item.facts))
             else:
-                problem = await self._refuse(connection, job, item, now) or problem
+                await self._refuse(connection, job, item, now)
                 advanced.append(replace(job, new_steps=()))  # they may have failed just now
         snapshots = [(job.id, item.sha256, item.name, item.facts) for job, item in opened if item.kind == "kept"]
         await jobs.keep_snapshots(connection, snapshots)
-        self._report(problem)
+        self._report(opened)
         moved = await self._progress.advance_loaded(connection, advanced, now)
         return moved, {job.id: replace(job, new_steps=()) for job in advanced}
 
-    async def _refuse(self, connection: Connection, job: JobRow, read: Read, now: datetime) -> str:
-        """Write down why a record is not kept; returns a problem that concerns all records."""
-        if read.kind in {"root_missing", "spool_failed"}:
+    async def _refuse(self, connection: Connection, job: JobRow, read: Read, now: datetime) -> None:
+        """Write down why a record is not kept: for now, or for good."""
+        if read.kind in _OF_ALL_RECORDS and now < job.snapshot_since + self._max_wait:
             await jobs.postpone_snapshot(
                 connection, job.id, now + timedelta(seconds=ROOT_RETRY_SECONDS), counts=False
             )
-            return read.message
+            return
         if read.kind == "not_there_yet" and now < job.snapshot_since + self._wait:
             pause = min(FILE_RETRY_MAX_SECONDS, 0.5 * 2 ** min(job.snapshot_tries, 10))
             due_at = min(now + timedelta(seconds=pause), job.snapshot_since + self._wait)
             await jobs.postpone_snapshot(connection, job.id, due_at, counts=True)
             if job.snapshot_tries == 0:
                 _log.warning("record_not_there_yet", session=job.session, reason=read.message)
-            return ""
+            return
         await jobs.fail_all_steps(connection, job.id, read.code, read.message)
-        return ""
 
-    def _report(self, problem: str) -> None:
-        if problem and problem != self.health.problem:
-            _log.error("records_unreadable", reason=problem)
-        if self.health.problem and not problem:
+    def _report(self, results: Sequence[tuple[JobRow, Read]]) -> None:
+        """Say when no record can be read, and when that is over."""
+        found = next((read for _, read in results if read.kind in _OF_ALL_RECORDS), None)
+        if found is not None:
+            if found.message != self.health.problem:
+                _log.error("records_unreadable", reason=found.message)
+            self.health.problem, self.health.kind = found.message, found.kind
+        elif self.health.problem and any(self._shows_end_of_problem(job, read) for job, read in results):
             _log.info("records_readable_again")
-        self.health.problem = problem
+            self.health.problem = self.health.kind = ""
+
+    def _shows_end_of_problem(self, job: JobRow, read: Read) -> bool:
+        if read.kind != "kept":
+            return False
+        # a record inside its event says nothing of the folder of records
+        return self.health.kind != "root_missing" or isinstance(restore_built(job.event).data.record, RecordByPath)

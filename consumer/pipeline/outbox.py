@@ -28,6 +28,8 @@ class OutboxRelay:
         self._fresh = signals.outcomes
         self._looked_at = -IDLE_SECONDS
         self._looks_at_all = True
+        #: confirmed, but not marked: (kind, id) and whether no queue took it
+        self._confirmed: dict[tuple[str, str], bool] = {}
 
     async def run(self) -> None:
         """Relay until cancelled; with the broker or the database away it waits for them."""
@@ -38,6 +40,7 @@ class OutboxRelay:
                 sent, failed = await self.relay_once()
             except DatabaseError as error:
                 _log.error("outbox_database_away", reason=str(error).splitlines()[0])
+                self._looks_at_all = True
                 sent, failed = 0, 1
             if failed:
                 # they are in the database and are found there again
@@ -49,21 +52,35 @@ class OutboxRelay:
     async def relay_once(self) -> tuple[int, int]:
         """Send one batch; returns how many were confirmed and how many must be sent again."""
         if time.monotonic() - self._looked_at >= IDLE_SECONDS:
+            if self._looks_at_all:
+                self._fresh.clear()  # all of it is in the database too
             sent, failed = await self._send_stored()
             if sent + failed == BATCH:
                 return sent, failed
             self._looked_at, self._looks_at_all = time.monotonic(), False
+            self._confirmed.clear()
         else:
             sent, failed = 0, 0
         fresh_sent, fresh_failed = await self._send_and_mark(self._fresh.take(BATCH))
         return sent + fresh_sent, failed + fresh_failed
 
     async def _send_and_mark(self, batch: list[Message]) -> tuple[int, int]:
-        done = await self._publish(batch)
+        done = await self._send_once(batch)
         if done:
             async with self._database.write() as connection:
                 await outbox.mark_sent(connection, done, await self._database.now(connection))
+            self._forget(done)
         return len(done), len(batch) - len(done)
+
+    async def _send_once(self, batch: list[Message]) -> list[tuple[Message, bool]]:
+        """Send what is not confirmed yet, so that a database that is full does not make the relay repeat itself."""
+        for message, unrouted in await self._publish([item for item in batch if _key(item) not in self._confirmed]):
+            self._confirmed[_key(message)] = unrouted
+        return [(item, self._confirmed[_key(item)]) for item in batch if _key(item) in self._confirmed]
+
+    def _forget(self, marked: list[tuple[Message, bool]]) -> None:
+        for message, _ in marked:
+            self._confirmed.pop(_key(message), None)
 
     async def drain(self) -> None:
         """Send everything that is unsent, at a stop."""
@@ -84,8 +101,9 @@ class OutboxRelay:
         async with self._database.write() as connection:
             now = await self._database.now(connection)
             batch = await outbox.unsent(connection, self._cutoff(now), BATCH, lock=True)
-            done = await self._publish(batch)
+            done = await self._send_once(batch)
             await outbox.mark_sent(connection, done, now)
+        self._forget(done)
         return len(done), len(batch) - len(done)
 
     def _cutoff(self, now: datetime) -> datetime:
@@ -121,3 +139,7 @@ class OutboxRelay:
             self._broker.reconnect()
             return "failed"
         return "unrouted"
+
+
+def _key(message: Message) -> tuple[str, str]:
+    return message.kind, message.message_id

@@ -66,7 +66,10 @@ def build_pipeline(settings: Settings, database: Database, registry: Registry) -
         ReaderSettings(settings.resolved_records_path, settings.record_max_bytes, settings.record_schema, spool.root)
     )
     retry = RetrySettings(settings.retry_base_seconds, settings.retry_max_seconds, settings.export_max_wait)
-    keeper = Keeper(database, progress, signals, reader, spool, wait_seconds=settings.record_wait_seconds)
+    keeper = Keeper(
+        database, progress, signals, reader, spool,
+        wait_seconds=settings.record_wait_seconds, max_wait_seconds=settings.export_max_wait,
+    )  # fmt: skip
     engine = Engine(
         database, registry, progress, signals, keeper=keeper,
         settings=EngineSettings(
