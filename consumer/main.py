@@ -15,7 +15,17 @@ import typer
 
 from consumer.broker import Broker, BrokerAwayError
 from consumer.clients.publish import PublishOptions, UnusableFileError
-from consumer.commands import console, destinations, doctor, export, publish, schemas, settings, status
+from consumer.commands import (
+    console,
+    destinations,
+    doctor,
+    export,
+    publish,
+    republish,
+    schemas,
+    settings,
+    status,
+)
 from consumer.config import Environment, Settings, read_environment
 from consumer.destinations.registry import Registry, load_registry
 from consumer.errors import ConfigurationError
@@ -218,6 +228,30 @@ def status_command(as_json: Json = False) -> None:
     _run(work)
 
 
+@app.command("republish")
+def republish_command(  # noqa: PLR0917 - typer gives arguments by name
+    since: Annotated[str | None, typer.Option(help="written from then on: a time, a date (UTC), or 2h, 3d")] = None,
+    until: Annotated[str | None, typer.Option(help="written before then; a date counts as a whole day")] = None,
+    session: Annotated[list[str] | None, typer.Option(help="only of this session; may be repeated")] = None,
+    unrouted: Annotated[bool, typer.Option("--unrouted", help="only those that no queue took")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say how many, send nothing")] = False,
+    as_json: Json = False,
+) -> None:
+    """Send outcomes once more, byte for byte: of each record the newest one."""
+    try:
+        chosen = republish.choose(since, until, session or (), unrouted=unrouted)
+    except ValueError as error:
+        console.complain(str(error))
+        raise typer.Exit(USAGE) from None
+
+    async def work(setup: Setup) -> int:
+        async with AsyncExitStack() as stack:
+            database = await _open(stack, setup, engine=False)
+            return await republish.republish(database, chosen, dry_run=dry_run, as_json=as_json)
+
+    _run(work)
+
+
 @app.command("destinations")
 def destinations_command(as_json: Json = False) -> None:
     """Show every destination: order, enabled, checked, and why not."""
@@ -239,6 +273,9 @@ def doctor_command(as_json: Json = False) -> None:
             return await doctor.run_doctor(*found, as_json=as_json)
 
     _run(work)
+
+
+# --- for authors of plugins --------------------------------------------------------------------------------------
 
 
 @app.command()

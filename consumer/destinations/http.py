@@ -1,8 +1,9 @@
 """The door to HTTP for destinations: one client each, and one translation of failures into what happens next.
 
 A failure before the request can have left is ``Transient``. One after it is ``UnknownOutcome`` for a request that
-creates or changes something, ``Transient`` for one that only reads. No POST or PATCH is sent twice here, the engine
-decides that; aiohttp itself repeats a GET, PUT or DELETE whose kept connection turns out to be closed.
+creates or changes something, ``Transient`` for one that only reads. Nothing that creates or changes
+something is sent twice here, the engine decides that; aiohttp itself repeats a GET that only reads and whose
+connection was closed without an answer.
 """
 
 import functools
@@ -11,6 +12,7 @@ import ssl
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Collection, Mapping
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -21,6 +23,7 @@ from urllib.parse import urljoin, urlsplit
 
 import aiohttp
 import httpx
+from aiohttp.abc import AbstractStreamWriter
 from aiohttp.connector import Connection
 from httpx_aiohttp import AiohttpTransport
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -53,6 +56,13 @@ class _AttemptOverError(aiohttp.ClientConnectionError):
     """The request did not leave."""
 
 
+class _Sent:
+    """Whether a request that must not go out twice has begun to leave."""
+
+    begun = False
+
+
+_sent: ContextVar[_Sent | None] = ContextVar("_sent", default=None)
 _ADDRESS = re.compile(r"https?://\S+")
 
 _log = get_logger()
@@ -169,11 +179,13 @@ class HttpClient:
         caller gets are those of ``pass_through`` and 4xx other than 407, 408 and 429; the rest is raised.
         """
         client = self._open()
+        sent = _Sent()
+        _sent.set(sent if creates else None)
         request = await _in_pieces(client.build_request(method, path, json=json, params=params, **parts))
         try:
             answer = await self._exchange(client, request)
         except (httpx.HTTPError, aiohttp.ClientError, OSError) as error:
-            raise _failure(error, request, creates=creates) from None
+            raise _failure(error, request, creates=creates, begun=sent.begun) from None
         if answer.status_code not in pass_through:
             self._judge(answer, creates=creates)
         return answer
@@ -255,10 +267,24 @@ class _LeasedRequest(aiohttp.ClientRequest):
     """
 
     async def send(self, conn: Connection) -> aiohttp.ClientResponse:
-        """Check the time, and send."""
+        """Check the time, and send; aiohttp would send any GET, PUT or DELETE again after a lost connection."""
+        sent = _sent.get()
+        if sent is not None and sent.begun:
+            raise aiohttp.ServerDisconnectedError("closed without an answer")
         if time.monotonic() >= no_request_after.get():
             raise _AttemptOverError("the attempt's time was over before the request could leave")
+        if sent is not None:
+            sent.begun = True
         return await super().send(conn)
+
+    async def write_bytes(
+        self, writer: AbstractStreamWriter, conn: Connection, content_length: int | None = None
+    ) -> None:
+        """Check again: before Python 3.12 head and body leave in a task of their own, a turn of the loop later."""
+        if time.monotonic() < no_request_after.get():
+            await super().write_bytes(writer, conn, content_length)
+        elif conn.protocol is not None:
+            conn.protocol.set_exception(_AttemptOverError("the attempt's time was over before the body could leave"))
 
 
 _OF_THE_TRANSFER = {"content-encoding", "content-length", "transfer-encoding"}
@@ -351,10 +377,10 @@ def _lost(message: str, *, creates: bool) -> DestinationError:
     return UnknownOutcome(message) if creates else Transient(message, code="no_answer")
 
 
-def _failure(error: Exception, request: httpx.Request, *, creates: bool) -> DestinationError:
-    """Say what an exchange without an answer means."""
+def _failure(error: Exception, request: httpx.Request, *, creates: bool, begun: bool) -> DestinationError:
+    """Say what an exchange without an answer means; ``begun``: the request had begun to leave before the error."""
     cause = error if isinstance(error, aiohttp.ClientError) else error.__cause__ or error
-    if isinstance(cause, aiohttp.ClientConnectorCertificateError):
+    if isinstance(cause, aiohttp.ClientConnectorCertificateError) and not begun:
         why = getattr(cause.certificate_error, "verify_message", "") or cause.certificate_error
         return Misconfigured(
             f"the certificate of {_host(request)} is not trusted ({one_line(str(why))}); "
@@ -363,7 +389,7 @@ def _failure(error: Exception, request: httpx.Request, *, creates: bool) -> Dest
     reason = _reason(cause)
     if isinstance(cause, _AttemptOverError):
         return Transient(f"{_where(request)}: {reason}", code="timeout")
-    if isinstance(cause, _NOT_SENT):
+    if isinstance(cause, _NOT_SENT) and not begun:
         return Transient(f"cannot connect to {_host(request)}: {reason}", code="cannot_connect")
     return _lost(f"{_where(request)} got no complete answer ({reason})", creates=creates)
 

@@ -20,7 +20,7 @@ from consumer.pipeline.keeper import Keeper
 from consumer.pipeline.links import Links, of_link
 from consumer.pipeline.progress import Advanced, Progress
 from consumer.pipeline.signals import Signals, wait
-from consumer.store import jobs, lanes, steps
+from consumer.store import jobs, lanes, rechecks, steps
 from consumer.store.connection import Connection, Database, DatabaseError
 from consumer.store.rows import AttemptEnd, Claim, JobRow, LaneChange, LaneRow, LaneState
 from consumer.store.steps import Wanted
@@ -325,8 +325,9 @@ class Engine:
         known = {end.claim.job.id: end.claim.job for end in batch}
         current = await jobs.current_states(connection, known.values(), lock=not self._database.is_sqlite)
         ends = await steps.lock_copies(connection, batch, self._links.involved)
-        for lost in set(map(id, batch)) - set(map(id, ends)):
-            _log.warning("result_refused", reason="another process took the step over", end=lost)
+        if len(ends) < len(batch):
+            held = set(map(id, ends))
+            await self._refuse(connection, [end for end in batch if id(end) not in held])
         written = [of_superseded(end) if current[end.claim.job.id].superseded_by else end for end in ends]
         await steps.write_ends(connection, written, now)
         changes = {end.lane.destination: end.lane for end in written if end.lane is not None}
@@ -340,6 +341,14 @@ class Engine:
         # a retry may be due at once, and a copy that is free again may be what a newer build waits for
         again = any(end.step.next_attempt_at or current[end.claim.job.id].superseded_by for end in written)
         return replace(moved, begun=moved.begun or again or linked)
+
+    async def _refuse(self, connection: Connection, refused: Sequence[AttemptEnd]) -> None:
+        """Another process took these steps over: what this one did meanwhile is looked for, and reported."""
+        for end in refused:
+            step = end.claim.step
+            _log.warning("result_refused", session=step.session, destination=step.destination,
+                         reason="another process took the step over")  # fmt: skip
+        await rechecks.ask_for(connection, refused)
 
 
 def _changes_state(before: LaneRow | None, change: LaneChange) -> bool:

@@ -22,6 +22,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from consumer.errors import ConfigurationError, NexusExportError
 
 BUSY_SECONDS = 60
+#: PostgreSQL ends a transaction whose process says nothing for so long; ours last milliseconds.
+IDLE_MILLISECONDS = "10000"
 _PRAGMAS = (
     "journal_mode=WAL",
     "synchronous=FULL",
@@ -76,7 +78,11 @@ class Database:
             self._writer = _sqlite_engine(self.path, pool_size=1, begin="BEGIN IMMEDIATE")
             self._reader = _sqlite_engine(self.path, pool_size=4, begin="BEGIN")
         else:
-            options: dict[str, Any] = {"pool_size": 8, "max_overflow": 8, "pool_pre_ping": True, "pool_timeout": 30}
+            options: dict[str, Any] = {
+                "pool_size": 8, "max_overflow": 8, "pool_pre_ping": True, "pool_timeout": 30,
+                # a consumer that is stopped inside a transaction must not hold its rows against the others
+                "connect_args": {"server_settings": {"idle_in_transaction_session_timeout": IDLE_MILLISECONDS}},
+            }  # fmt: skip
             self._writer = self._reader = create_async_engine(self.url, **options)
 
     @property

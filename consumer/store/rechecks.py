@@ -1,5 +1,6 @@
 """Copies that are looked at once more, H after a success that followed an unknown outcome."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -7,7 +8,7 @@ from sqlalchemy import and_, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from consumer.store.jobs import job_row, step_row
-from consumer.store.rows import Claim, StepState
+from consumer.store.rows import AttemptEnd, Claim, StepState
 from consumer.store.steps import copy_row
 from consumer.store.tables import copies, jobs, steps, upload_log
 
@@ -51,6 +52,15 @@ async def due(connection: AsyncConnection, now: datetime, limit: int) -> list[Cl
         job = (await connection.execute(select(jobs).where(jobs.c.id == step.job_id))).one()
         found.append(Claim(step_row(step), job_row(job), copy_row(copy), copy.fence, now, ()))
     return found
+
+
+async def ask_for(connection: AsyncConnection, refused: Sequence[AttemptEnd]) -> None:
+    """Have copies looked at once more where a result was refused: that process may have made one too."""
+    for end in refused:
+        step = end.claim.step
+        where = and_(copies.c.session == step.session, copies.c.destination == step.destination)
+        if end.recheck_at is not None:
+            await connection.execute(update(copies).where(where).values(recheck_at=end.recheck_at))
 
 
 async def finish(

@@ -29,12 +29,13 @@ async def release_look_ups(connection: AsyncConnection, now: datetime) -> None:
 async def abandoned_steps(connection: AsyncConnection, now: datetime, *, everything: bool) -> list[tuple[UUID, str]]:
     """Return running steps without a live lease; ``everything``: at the start of the only engine, all of them."""
     same_copy = and_(copies.c.session == steps.c.session, copies.c.destination == steps.c.destination)
-    query = select(steps.c.job_id, steps.c.destination).outerjoin(copies, same_copy)
+    query = select(steps.c.job_id, steps.c.destination)
     query = query.where(steps.c.state == literal_column(f"'{StepState.RUNNING}'"))  # names the partial index
     if not everything:
-        query = query.where(or_(copies.c.lease_until.is_(None), copies.c.lease_until < now)).with_for_update(
-            of=steps, skip_locked=True
-        )
+        query = query.join(jobs, jobs.c.id == steps.c.job_id).join(copies, same_copy)
+        query = query.where(or_(copies.c.lease_until.is_(None), copies.c.lease_until < now))
+        # whoever writes results locks the same rows: neither may wait for the other
+        query = query.with_for_update(of=[jobs, copies, steps], skip_locked=True)
     return [(uuid_of(row.job_id), row.destination) for row in await connection.execute(query)]
 
 
