@@ -21,6 +21,15 @@ from typing import Any, Literal, Protocol, runtime_checkable
 #: End of the attempt under way, in seconds of the monotonic clock: later, another process may have taken over.
 no_request_after: ContextVar[float] = ContextVar("no_request_after", default=math.inf)
 
+
+
+async def _at_once() -> None:
+    """Stand in where no pace is kept (a destination called by hand)."""
+
+
+#: Awaited before each request of a paced destination: waits for its turn among all processes.
+request_turn: ContextVar[Callable[[], Awaitable[None]]] = ContextVar("request_turn", default=_at_once)
+
 Action = Literal["created", "updated", "unchanged", "linked", "none"]
 
 
@@ -51,7 +60,7 @@ class Present:
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """Something of ours is there, but not all of it: ``export`` goes on from it."""
+    """Something of ours is there, but not all of it: ``export`` goes on from it, once the server has settled."""
 
     id: str
 

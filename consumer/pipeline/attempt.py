@@ -287,9 +287,13 @@ def _previous(step: StepRow) -> ExportResult:
 
 @dataclass(frozen=True, slots=True)
 class ContextActivity:
-    """An activity as plugins see it; paths are absolute, a preview that may not be opened is None."""
+    """An activity as plugins see it; paths are absolute, a preview that may not be opened is None.
+
+    ``relative_files`` are the same files as the event named them, below ``NX_INSTRUMENT_DATA_PATH``.
+    """
 
     files: tuple[str, ...]
+    relative_files: tuple[str, ...]
     previews: tuple[Path | None, ...]
     start: datetime | None
     end: datetime | None
@@ -300,6 +304,7 @@ def _activity(activity: Activity, data_roots: tuple[Path | None, Path | None]) -
     instrument_root, preview_root = data_roots
     return ContextActivity(
         files=tuple(str(instrument_root / name) if instrument_root else name for name in activity.files),
+        relative_files=tuple(activity.files),
         previews=tuple(_below(preview_root, name) for name in activity.previews),
         start=activity.start,
         end=activity.end,

@@ -52,7 +52,9 @@ class Endings:
         if verdict.state is not StepState.DONE or not isinstance(ending, ExportResult):
             result = {"next_action": verdict.next_action, "timestamp": now.isoformat()}
             recheck_at = self._recheck_at(destination, now)
-            return AttemptEnd(claim, replace(_change(claim, verdict), result=result), log, None, lane, recheck_at)
+            change = replace(_change(claim, verdict), result=result)
+            unresolved_at = now if verdict.state is StepState.UNCERTAIN else None
+            return AttemptEnd(claim, change, log, None, lane, recheck_at, unresolved_at)
         sha256 = claim.job.record_sha256
         copy = CopyChange(
             ending.record_id or ("" if not claim.step.links else None), ending.record_url, sha256,
@@ -65,6 +67,15 @@ class Endings:
         change = replace(_change(claim, verdict), result=step_result(ending, claim))
         return AttemptEnd(claim, change, log, copy, lane, self._recheck_at(destination, now))
 
+    @staticmethod
+    def unresolved(claim: Claim) -> AttemptEnd:
+        """End a step without a request: an earlier one may have made a copy, and nobody can be asked."""
+        reason = "the outcome of an earlier request is not known, and this destination cannot be asked for it"
+        change = StepChange(
+            claim.job.id, claim.step.destination, StepState.UNCERTAIN, "unknown_outcome", reason, looked_up=True
+        )
+        return AttemptEnd(claim, change, None, unresolved_at=claim.copy.unresolved_at)
+
     def not_begun(self, claim: Claim) -> AttemptEnd:
         """Give a claimed step back as it was: nothing was asked or sent."""
         step = claim.step
@@ -72,7 +83,7 @@ class Endings:
             claim.job.id, step.destination, step.state, step.error_code, step.reason, self._clock(), step.result,
             looked_up=claim.looks_up,
         )  # fmt: skip
-        return AttemptEnd(claim, change, None)
+        return AttemptEnd(claim, change, None, unresolved_at=claim.copy.unresolved_at)
 
     @staticmethod
     def _recheck_at(destination: Registered, now: datetime) -> datetime | None:
@@ -89,15 +100,18 @@ class Endings:
         if isinstance(answer, DestinationError):
             return self._raised(claim, destination, answer, started)
         facts, policy = _facts(claim, now, counts=False), self._policy(destination)
-        if isinstance(answer, Partial) and not claim.step.links:
-            verdict = Verdict(StepState.DUE, "partial", "part of it is there", now, counts=False)
-            ours = CopyChange(remembered={**claim.copy.remembered, "record_id": answer.id})
-            return AttemptEnd(claim, _change(claim, verdict, looked_up=True), None, ours)
-        if isinstance(answer, Absent | Partial):  # only the link is absent from a copy that is there in part
-            verdict = surely_absent(facts, policy, claim.step.last_request_at or now, self._draw)
+        last_request_at = claim.step.last_request_at or now
+        ours = None
+        if isinstance(answer, Absent | Partial):
+            # what was seen is as old as the question; what is missing may still come until H has passed
+            verdict = surely_absent(facts, policy, last_request_at, self._draw, asked_at=claim.claimed_at or now)
         else:
             verdict = still_unknown(facts, policy, self._draw, answer.reason or "the look-up gave no answer")
-        return AttemptEnd(claim, _change(claim, verdict, looked_up=True), None)
+        if isinstance(answer, Partial) and not claim.step.links:
+            ours = CopyChange(remembered={**claim.copy.remembered, "record_id": answer.id})
+        unresolved_at = last_request_at if verdict.state is StepState.UNCERTAIN else None
+        change = _change(claim, verdict, looked_up=True)
+        return AttemptEnd(claim, change, None, ours, unresolved_at=unresolved_at)
 
     def _found(self, claim: Claim, destination: Registered, answer: Present, started: float) -> AttemptEnd:
         now = self._clock()
@@ -126,7 +140,10 @@ class Endings:
             log = replace(_log_entry(claim, now, started, verdict), purpose="verify", attempt=claim.step.attempts)
         result = {"next_action": verdict.next_action, "timestamp": now.isoformat()}
         change = replace(_change(claim, verdict, looked_up=True), result=result)
-        return AttemptEnd(claim, change, log, None, _lane_change(destination, verdict, now))
+        # refused for good or given up: what became of the request before is still not known
+        unresolved_at = claim.step.last_request_at if verdict.state.terminal else None
+        lane = _lane_change(destination, verdict, now)
+        return AttemptEnd(claim, change, log, None, lane, unresolved_at=unresolved_at)
 
     def _policy(self, destination: Registered) -> Policy:
         return Policy(

@@ -186,7 +186,8 @@ class Engine:
                 return None
         if limits.min_interval_seconds > 0:
             slots = 1
-        return Wanted(name, slots, limits.timeout_seconds + self._settings.lease_margin_seconds)
+        lease_seconds = limits.timeout_seconds + self._settings.lease_margin_seconds
+        return Wanted(name, slots, lease_seconds, self._registry.enabled[name].can_verify)
 
     async def _claim_lane(
         self, connection: Connection, wanted: Wanted, now: datetime, fresh: Mapping[UUID, JobRow]
@@ -201,7 +202,10 @@ class Engine:
         ready = [steps.unclaimed(step, of_jobs[step.job_id], until) for step in found]
         if any(claim.job.strategy == "first_success" for claim in ready):
             ready = await self._one_at_a_time(connection, ready)
-        taken = await steps.claim(connection, ready, self._settings.owner, now, is_sqlite=self._database.is_sqlite)
+        taken = await steps.claim(
+            connection, ready, self._settings.owner, now,
+            can_verify=wanted.can_verify, is_sqlite=self._database.is_sqlite,
+        )  # fmt: skip
         interval = self._registry.enabled[wanted.destination].lane.min_interval_seconds
         if taken and interval > 0:
             at = now + timedelta(seconds=interval)
@@ -260,6 +264,8 @@ class Engine:
 
     async def _export(self, claim: Claim, destination: Registered, started: float) -> AttemptEnd:
         copy = claim.copy
+        if copy.unresolved_at is not None and copy.record_id is None and not destination.can_verify:
+            return self._endings.unresolved(claim)
         is_there = copy.record_id is not None and copy.sent_sha256 == claim.job.record_sha256
         if is_there and not claim.step.links and not destination.can_verify:
             # it cannot compare for itself, and a second export could become a second copy

@@ -3,9 +3,9 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 
-from consumer.destinations.contract import Absent, ExportContext, Present
+from consumer.destinations.contract import Absent, ExportContext, Partial, Present
 from consumer.pipeline.attempt import Caller
 from consumer.pipeline.ending import surplus_message
 from consumer.store import rechecks
@@ -29,10 +29,13 @@ class Rechecks:
         database: Database,
         callers: Mapping[str, Caller],
         context_of: Callable[[Claim], Awaitable[ExportContext]],
+        *,
+        max_wait_seconds: float,
     ) -> None:
         self._database = database
         self._callers = callers
         self._context_of = context_of
+        self._max_wait = timedelta(seconds=2 * max_wait_seconds)  # the step itself may have taken the whole wait
 
     async def run(self) -> None:
         """Look until cancelled; a slow destination delays only other last look-ups."""
@@ -57,9 +60,9 @@ class Rechecks:
     async def _look(self, claim: Claim) -> None:
         context = replace(await self._context_of(claim), purpose="recheck")
         answer = await self._callers[claim.step.destination].verify(context)
-        finding, again = _judge(claim, answer)
         async with self._database.write() as connection:
             now = await self._database.now(connection)
+            finding, again = _judge(claim, answer, now - self._max_wait)
             again_at = now + timedelta(seconds=AGAIN_SECONDS) if again else None
             step, fence = claim.step, claim.copy.fence
             if not await rechecks.finish(connection, step.session, step.destination, fence, again_at):
@@ -72,11 +75,20 @@ class Rechecks:
             )
 
 
-def _judge(claim: Claim, answer: object) -> tuple[Finding | None, bool]:
-    """Say what is wrong, if anything, and whether the question has to be asked again."""
+def _judge(claim: Claim, answer: object, since: datetime) -> tuple[Finding | None, bool]:
+    """Say what is wrong, if anything, and whether the question has to be asked again.
+
+    It is not asked again for a step that was due before ``since``: that wait has an end too.
+    """
     if isinstance(answer, Present):
         return (Finding("surplus_copy", surplus_message(answer)) if answer.surplus else None), False
     if isinstance(answer, Absent):
         message = f"the copy {claim.copy.record_id} is not there any more; it was when its outcome went out"
         return Finding("copy_missing", message), False
+    if isinstance(answer, Partial):
+        message = f"the copy {claim.copy.record_id} does not hold what its outcome said: a late request or a person"
+        return Finding("copy_differs", message), False
+    if (claim.step.due_since or since) <= since:
+        reason = getattr(answer, "reason", "") or str(answer)
+        return Finding("recheck_failed", f"nobody could tell whether there are further copies: {reason}"), False
     return None, True

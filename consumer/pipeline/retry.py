@@ -113,16 +113,21 @@ def look_up_failed(error: DestinationError, facts: Facts, policy: Policy, draw: 
     return _not_before(verdict, _wished(error, facts.now, policy))
 
 
-def surely_absent(facts: Facts, policy: Policy, last_request_at: datetime, draw: random.Random) -> Verdict:
-    """After a look-up that found nothing: a new create is allowed only H after the last request can have left."""
+def surely_absent(
+    facts: Facts, policy: Policy, last_request_at: datetime, draw: random.Random, *, asked_at: datetime | None = None
+) -> Verdict:
+    """After a look-up that missed something: it is sent again only H after the last request can have left.
+
+    ``asked_at`` is when the look-up began, if that is not now: its answer may have taken long.
+    """
     settled_at = last_request_at + timedelta(seconds=policy.settle_seconds)
-    if facts.now < settled_at:
+    if (asked_at or facts.now) < settled_at:
         verdict = still_unknown(facts, policy, draw, "not there yet; the server may still commit")
         if verdict.state is not StepState.UNSETTLED or verdict.next_attempt_at is None:
             return verdict
         return Verdict(
             verdict.state, verdict.error_code, verdict.message,
-            next_attempt_at=min(verdict.next_attempt_at, settled_at), counts=False,
+            next_attempt_at=max(facts.now, min(verdict.next_attempt_at, settled_at)), counts=False,
         )  # fmt: skip
     if facts.attempts >= policy.max_attempts or _waited_too_long(facts, policy):
         return Verdict(

@@ -86,7 +86,9 @@ def build_pipeline(settings: Settings, database: Database, registry: Registry) -
             database, registry, progress, signals, engine.callers,
             owner=owner, max_wait_seconds=settings.export_max_wait,
         ),
-        rechecks=Rechecks(database, engine.callers, engine.context_of),
+        rechecks=Rechecks(
+            database, engine.callers, engine.context_of, max_wait_seconds=settings.export_max_wait
+        ),
         owner=owner,
     )  # fmt: skip
 

@@ -45,7 +45,7 @@ async def due(connection: AsyncConnection, now: datetime, limit: int) -> list[Cl
                 steps.c.destination == copy.destination,
                 steps.c.state == StepState.DONE,
             )
-            .order_by(jobs.c.build_time.desc())
+            .order_by(jobs.c.build_time.desc(), jobs.c.received_at.desc())
             .limit(1)
         )
         step = (await connection.execute(made)).one()

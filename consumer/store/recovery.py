@@ -69,7 +69,8 @@ async def abandon(
         update(copies)
         .where(copies.c.session == row.session, copies.c.destination == destination)
         .values(fence=copies.c.fence + 1, owner=None, lease_until=None,
-                holder=text_of(job) if can_verify else None, recheck_at=now if can_verify else None)
+                holder=text_of(job) if can_verify else None, recheck_at=now if can_verify else None,
+                unresolved_at=None if can_verify else values.get("last_request_at", row.last_request_at))
     )  # fmt: skip
     await connection.execute(
         insert(upload_log).values(
@@ -108,4 +109,15 @@ async def give_up(connection: AsyncConnection, late: Sequence[tuple[UUID, str]])
                 )
             )  # fmt: skip
         mine = and_(copies.c.holder == text_of(job), copies.c.destination == destination)
-        await connection.execute(update(copies).where(mine).values(holder=None, owner=None, lease_until=None))
+        # a look-up that is still under way must not end the step a second time: its fence is gone
+        last_request = (
+            select(steps.c.last_request_at)
+            .where(steps.c.job_id == text_of(job), steps.c.destination == destination)
+            .scalar_subquery()
+        )
+        await connection.execute(
+            update(copies)
+            .where(mine)
+            .values(holder=None, owner=None, lease_until=None, fence=copies.c.fence + 1,
+                    unresolved_at=func.coalesce(last_request, copies.c.unresolved_at))
+        )  # fmt: skip

@@ -176,6 +176,8 @@ class CopyRow:
     remembered: dict[str, Any] = field(default_factory=dict)
     fence: int = 0
     links_sha256: str | None = None
+    #: last moment at which a request can have left whose outcome nobody could find out
+    unresolved_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +205,8 @@ class Claim:
     siblings: tuple[StepRow, ...]
     #: the same by this process's monotonic clock, in seconds: it goes on while the process is stopped
     held_until: float = math.inf
+    #: when it was claimed, by the database's clock: what it asks, it asks later than that
+    claimed_at: datetime | None = None
     #: addresses of the copies that this one links to, by destination
     links: Mapping[str, str] = field(default_factory=dict)
 
@@ -282,3 +286,5 @@ class AttemptEnd:
     lane: LaneChange | None = None
     #: when to look once more, if an outcome was unknown before; H after now for those that can be asked
     recheck_at: datetime | None = None
+    #: for a step that ends uncertain: the last moment at which a request of it can have left
+    unresolved_at: datetime | None = None

@@ -46,6 +46,7 @@ class Wanted:
     destination: str
     limit: int
     lease_seconds: float
+    can_verify: bool = False
 
 
 async def due_steps(connection: AsyncConnection, wanted: Wanted, now: datetime, *, lock: bool) -> list[StepRow]:
@@ -81,11 +82,18 @@ def unclaimed(step: StepRow, job: JobRow, until: datetime) -> Claim:
 
 
 async def claim(
-    connection: AsyncConnection, found: Sequence[Claim], owner: str, now: datetime, *, is_sqlite: bool
+    connection: AsyncConnection,
+    found: Sequence[Claim],
+    owner: str,
+    now: datetime,
+    *,
+    can_verify: bool,
+    is_sqlite: bool,
 ) -> list[Claim]:
     """Take the given steps: fence + 1, a lease, state running (T2). Returns those that could be taken.
 
-    A look-up keeps its state: it sends nothing, so its last request stays where it was.
+    A look-up keeps its state: it sends nothing, so its last request stays where it was. A step whose copy has an
+    unresolved request of another job looks up first too.
     """
     if not found:
         return []
@@ -94,7 +102,8 @@ async def claim(
     for item in found:
         row = held.get((item.step.session, item.step.destination))
         if row is not None:
-            taken.append(_with_copy(item, row))
+            claimed = replace(_with_copy(item, row), claimed_at=now)
+            taken.append(_looking_first(claimed) if can_verify else claimed)
     running = [item for item in taken if not item.looks_up]
     if running:
         await connection.execute(_run, [_run_values(item, now) for item in running])
@@ -115,16 +124,31 @@ _run = (
 _look = (
     update(steps)
     .where(steps.c.job_id == bindparam("job"), steps.c.destination == bindparam("name"))
-    .values(next_attempt_at=bindparam("until"))
-)
+    .values(
+        state=StepState.UNSETTLED, next_attempt_at=bindparam("until"),
+        last_request_at=func.coalesce(steps.c.last_request_at, bindparam("requested", type_=Utc())),
+    )
+)  # fmt: skip
+
+
+def _looking_first(item: Claim) -> Claim:
+    at = item.copy.unresolved_at
+    if at is None or item.looks_up or item.step.links:
+        return item
+    latest = max(at, item.step.last_request_at or at)
+    return replace(item, step=replace(item.step, state=StepState.UNSETTLED, last_request_at=latest))
 
 
 def _look_values(item: Claim) -> dict[str, Any]:
-    return {"job": text_of(item.step.job_id), "name": item.step.destination, "until": item.lease_until}
+    return {**_step_values(item), "requested": item.step.last_request_at}
 
 
 def _run_values(item: Claim, now: datetime) -> dict[str, Any]:
-    return {**_look_values(item), "at": now}
+    return {**_step_values(item), "at": now}
+
+
+def _step_values(item: Claim) -> dict[str, Any]:
+    return {"job": text_of(item.step.job_id), "name": item.step.destination, "until": item.lease_until}
 
 
 async def _hold_copies(
@@ -172,6 +196,7 @@ def copy_row(row: Row[Any]) -> CopyRow:
         remembered=from_json(row.remembered) if row.remembered else {},
         fence=row.fence,
         links_sha256=row.links_sha256,
+        unresolved_at=row.unresolved_at,
     )
 
 
@@ -267,6 +292,10 @@ _copy = (
         build_time=func.coalesce(bindparam("built", type_=Utc()), copies.c.build_time),
         remembered=func.coalesce(bindparam("facts", type_=Text()), copies.c.remembered),
         links_sha256=func.coalesce(bindparam("linked", type_=Text()), copies.c.links_sha256),
+        unresolved_at=case(
+            (bindparam("open", type_=Boolean()), copies.c.unresolved_at),
+            else_=bindparam("unresolved", type_=Utc()),
+        ),
         recheck_at=case(
             (or_(bindparam("unknown", type_=Boolean()), copies.c.recheck_at.is_not(None)),
              func.coalesce(bindparam("recheck", type_=Utc()), copies.c.recheck_at)),
@@ -292,6 +321,8 @@ def _copy_values(end: AttemptEnd) -> dict[str, Any]:
         "facts": to_json(change.remembered).decode() if change and change.remembered else None,
         "linked": change.links_sha256 if change else None,
         "unknown": unsettled,
+        "open": unsettled,
+        "unresolved": end.unresolved_at,
         "recheck": end.recheck_at,
     }
 

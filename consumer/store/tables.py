@@ -141,6 +141,7 @@ copies = Table(
     Column("links_sha256", String(64)),
     Column("remembered", Text),
     Column("recheck_at", Utc),
+    Column("unresolved_at", Utc),
     Column("fence", Integer, nullable=False, server_default="0"),
     Column("holder", String(36)),
     Column("owner", String(100)),

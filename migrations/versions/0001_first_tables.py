@@ -106,6 +106,7 @@ def copies_and_lanes() -> None:
         sa.Column("links_sha256", sa.String(64)),
         sa.Column("remembered", sa.Text),
         sa.Column("recheck_at", moment()),
+        sa.Column("unresolved_at", moment()),
         sa.Column("fence", sa.Integer, nullable=False, server_default="0"),
         sa.Column("holder", sa.String(36)),
         sa.Column("owner", sa.String(100)),

@@ -229,7 +229,7 @@ def main() -> int:
     parser.add_argument("--tenth", type=int, metavar="SEED", help="only a tenth of the points, drawn by this seed")
     parser.add_argument("--scenario", choices=tuple(SCENARIOS))
     parser.add_argument("--point", help="only this point; as printed for one that failed")
-    parser.add_argument("--at-once", type=int, default=2, help="runs at the same time")
+    parser.add_argument("--at-once", type=int, default=5, help="runs at the same time")
     given = parser.parse_args()
     databases = DATABASES if given.database == "both" else (given.database,)
     started = time.monotonic()

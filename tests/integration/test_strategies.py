@@ -242,6 +242,7 @@ def running(rabbitmq: RabbitServer, tmp_path_factory: pytest.TempPathFactory) ->
         "NX_HANGING_TIMEOUT_SECONDS": "1",
         "NX_SLEEPING_TIMEOUT_SECONDS": "1",
         "NX_ABSENT_SETTLE_SECONDS": f"{SETTLE_SECONDS:g}",
+        "NX_HALVED_SETTLE_SECONDS": "1",
         "NX_LATE_SETTLE_SECONDS": f"{SETTLE_SECONDS:g}",
         "NX_VANISHED_SETTLE_SECONDS": f"{SETTLE_SECONDS:g}",
     }

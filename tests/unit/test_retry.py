@@ -406,8 +406,12 @@ def test_what_a_look_up_finds_is_done_at_once() -> None:
 
 
 def test_a_part_is_remembered_and_completed() -> None:
-    known = unsettled(copy=CopyRow(remembered={"page": "3"}))
-    end = endings().of_look_up(known, at(), Partial("17"), time.monotonic())
+    """What is missing may still be on its way, so it is sent again only when the server has settled."""
+    sent = NOW - timedelta(seconds=60)
+    known = unsettled(copy=CopyRow(remembered={"page": "3"}), sent=sent)
+    end = endings().of_look_up(known, at(settle_seconds=61), Partial("17"), time.monotonic())
+    assert end.step.state is StepState.UNSETTLED
+    end = endings().of_look_up(known, at(settle_seconds=60), Partial("17"), time.monotonic())
     assert (end.step.state, end.step.next_attempt_at, end.log) == (StepState.DUE, NOW, None)
     assert end.copy == CopyChange(remembered={"page": "3", "record_id": "17"})
 
@@ -418,6 +422,18 @@ def test_absent_waits_for_the_settle_time_of_the_destination() -> None:
     assert end.step.state is StepState.UNSETTLED
     end = endings().of_look_up(unsettled(sent=sent), at(settle_seconds=60), Absent(), time.monotonic())
     assert (end.step.state, end.step.counts, end.log) == (StepState.DUE, False, None)
+
+
+def test_absent_is_as_old_as_the_question() -> None:
+    sent, asked = NOW - timedelta(seconds=61), NOW - timedelta(seconds=2)
+    claimed = replace(unsettled(sent=sent), claimed_at=asked)
+    end = endings().of_look_up(claimed, at(settle_seconds=60), Absent(), time.monotonic())
+    assert (end.step.state, end.step.next_attempt_at) == (StepState.UNSETTLED, NOW)
+
+
+def test_what_is_given_up_stays_unresolved_for_the_next_build() -> None:
+    end = endings().of_attempt(running(), registered(object()), UnknownOutcome("cut"), time.monotonic())
+    assert (end.step.state, end.unresolved_at) == (StepState.UNCERTAIN, NOW)
 
 
 def test_unsure_asks_again() -> None:
