@@ -8,7 +8,8 @@ python=$1 venv=$2 requirements=$3
 sh tools/packages.sh venv
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 echo "Installing $(grep -c '==' "$requirements") pinned packages into $venv ..."
-"$venv/bin/python" -m pip install -q --disable-pip-version-check --require-hashes -r "$requirements"
+# the file names every package, so nothing is resolved: a new release of one cannot break the installation
+"$venv/bin/python" -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r "$requirements"
 # a path file instead of an editable install: needs no build tool and no network
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 pwd > "$site/nexus_export_checkout.pth"
