@@ -15,13 +15,19 @@ TITLE_LENGTH = 200
 _DIGEST_LENGTH = 16
 _DECLARED = re.compile(r"""\ufeff?<\?xml[^>]*?\sencoding\s*=\s*["']([\w.:-]+)""", re.ASCII)
 _WIDE = re.compile(r"utf-?(16|32)(-?[lb]e)?|(iso-10646-)?ucs-?[24]", re.IGNORECASE)
-_REFUSALS = re.compile(
+_INVALID = re.compile(
     r"^Element '[^']*'(, attribute '[^']*')?: |This element is not expected|is not a valid value"
-    r"|No matching global declaration|, line \d+, column \d+|\(<string>, line \d+\)|entities are disabled"
-    r"|invalid input syntax for type json|CHECK constraint failed|string is too long for tsvector"
-    r"|JSON parse error|Could not derive file name"
+    r"|No matching global declaration"
 )
-_LACKS_RIGHT = re.compile(r"doesn't have enough rights|does not have the permission|Unable to (write|access)")
+_MALFORMED = re.compile(r", line \d+, column \d+|\(<string>, line \d+\)")
+_REFUSED = re.compile(
+    r"entities are disabled|invalid input syntax for type json|CHECK constraint failed"
+    r"|string is too long for tsvector|JSON parse error|Could not derive file name"
+)
+_LACKS_RIGHT = re.compile(
+    r"(doesn't|does not|don't) have (enough|the) (right|permission)|do not have permission"
+    r"|Unable to (write|access)|can not be unpublished"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +36,17 @@ class Template:
 
     current: str
     versions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A record as CDCS has it; ``template`` is the schema version that it was made with, and keeps."""
+
+    id: str
+    title: str
+    template: str
+    workspace: int | None
+    sha256: str | None
 
 
 def record_title(stem: str) -> str:
@@ -76,9 +93,12 @@ def said(content: bytes) -> dict[str, str]:
     return {name: text if isinstance(text, str) else json.dumps(text) for name, text in value.items()}
 
 
-def is_refusal(message: str) -> bool:
-    """Tell whether the message of a 500 is about the record; then nothing was stored, and never will be."""
-    return _REFUSALS.search(message) is not None
+def refusal_code(message: str) -> str | None:
+    """Return the code of a 500 whose message is about the record: nothing was stored, and never will be."""
+    for pattern, code in ((_INVALID, "record_invalid"), (_MALFORMED, "record_malformed"), (_REFUSED, "rejected")):
+        if pattern.search(message):
+            return code
+    return None
 
 
 def lacks_right(message: str) -> bool:
@@ -114,10 +134,19 @@ def find_user(users: Iterable[Mapping[str, Any]], username: str, email: str | No
     return by_email
 
 
-def content_sha256(record: Mapping[str, Any]) -> str | None:
-    """Return the digest of a record's content as CDCS answers it; newer ones may name it ``content``."""
-    content = record.get("xml_content", record.get("content"))
-    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest() if isinstance(content, str) else None
+def stored_record(answer: Any) -> Record | None:
+    """Return the record that an answer tells of, if it is one; newer ones may name its content ``content``."""
+    number = answer.get("id") if isinstance(answer, dict) else None
+    if not isinstance(number, int | str) or number == "":
+        return None
+    content, workspace = answer.get("xml_content", answer.get("content")), answer.get("workspace")
+    return Record(
+        str(number),
+        str(answer.get("title")),
+        str(answer.get("template")),
+        workspace if isinstance(workspace, int) else None,
+        hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest() if isinstance(content, str) else None,
+    )
 
 
 def known_id(context: ExportContext) -> str | None:

@@ -27,7 +27,8 @@ async def _at_once() -> None:
     """Stand in where no pace is kept (a destination called by hand)."""
 
 
-#: Awaited before each request of a paced destination: waits for its turn among all processes.
+#: Awaited before each request by a destination with ``paces_requests = True``: waits for its turn among all
+#: processes, ``min_interval_seconds`` after the one before. Other paced destinations have whole attempts spaced.
 request_turn: ContextVar[Callable[[], Awaitable[None]]] = ContextVar("request_turn", default=_at_once)
 
 Action = Literal["created", "updated", "unchanged", "linked", "none"]

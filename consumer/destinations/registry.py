@@ -29,7 +29,8 @@ DEFAULT_SETTLE_SECONDS = 120.0
 
 _PARTS = ("name", "priority", "enabled", "validate_config", "export")
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,99}")
-_NOT_PLUGINS = {"contract", "registry", "http", "atomic", "archive_layout", "cdcs_rules", "summary"}
+#: Modules beside the destinations; one that belongs to a destination (``cdcs_rules``) holds no class with ``export``.
+_NOT_PLUGINS = {"contract", "registry", "http", "atomic", "archive_layout", "summary"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,11 @@ class Registered:
     def enabled(self) -> bool:
         """Tell whether records go there."""
         return not self.disabled_because
+
+    @property
+    def paces_requests(self) -> bool:
+        """Tell whether the destination waits for its turn before each request, so that attempts need not wait."""
+        return bool(getattr(self.plugin, "paces_requests", False))
 
     @property
     def can_verify(self) -> bool:

@@ -28,6 +28,7 @@ from consumer.destinations.contract import (
     Present,
     Unsure,
     no_request_after,
+    request_turn,
 )
 from consumer.destinations.registry import Registered
 from consumer.errors import DestinationError, RecordRefused, Transient, UnknownOutcome
@@ -61,8 +62,9 @@ class Declined:
 class Caller:
     """Calls one destination's plugin; plain functions run in threads of their own."""
 
-    def __init__(self, destination: Registered) -> None:
+    def __init__(self, destination: Registered, turn: Callable[[], Awaitable[None]] | None = None) -> None:
         self.destination = destination
+        self._turn = turn
         self._threads = ThreadPoolExecutor(
             max_workers=destination.lane.concurrency, thread_name_prefix=destination.name
         )
@@ -131,6 +133,8 @@ class Caller:
 
     async def _call(self, ends_at: float, function: Callable[..., Any], *arguments: Any) -> Any:
         no_request_after.set(ends_at)
+        if self._turn is not None:
+            request_turn.set(self._turn)
         if inspect.iscoroutinefunction(function):
             async with asyncio.timeout_at(ends_at):
                 return await function(*arguments)

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -18,6 +18,7 @@ from consumer.pipeline.decide import may_start
 from consumer.pipeline.ending import Endings, RetrySettings, of_superseded, skipped
 from consumer.pipeline.keeper import Keeper
 from consumer.pipeline.links import Links, of_link
+from consumer.pipeline.pace import Pace
 from consumer.pipeline.progress import Advanced, Progress
 from consumer.pipeline.signals import Signals, wait
 from consumer.store import jobs, lanes, rechecks, steps
@@ -65,7 +66,7 @@ class Engine:
         self._settings = settings
         self._endings = Endings(settings.retry, database.clock)
         self._links = Links.of(registry.enabled)
-        self.callers = {name: Caller(item) for name, item in registry.enabled.items()}
+        self.callers = {name: Caller(item, self._turn_of(item)) for name, item in registry.enabled.items()}
         self._running: dict[asyncio.Task[None], Claim] = {}
         self._results: asyncio.Queue[AttemptEnd] = asyncio.Queue()
         self._stopping = False
@@ -137,6 +138,12 @@ class Engine:
         """Return how many attempts run now."""
         return len(self._running)
 
+    def _turn_of(self, destination: Registered) -> Callable[[], Awaitable[None]] | None:
+        interval = destination.lane.min_interval_seconds
+        if not destination.paces_requests or interval <= 0:
+            return None
+        return Pace(self._database, destination.name, interval).turn
+
     # --- T2: claiming --------------------------------------------------------------------------------------
 
     async def _claim(self) -> list[Claim]:
@@ -181,10 +188,11 @@ class Engine:
     def _wanted(self, name: str, slots: int, lane: LaneRow | None, now: datetime) -> Wanted | None:
         limits = self._registry.enabled[name].lane
         if lane is not None:
-            waits = [moment for moment in (lane.not_before, lane.next_slot_at) if moment is not None]
+            slot_at = None if self._registry.enabled[name].paces_requests else lane.next_slot_at
+            waits = [moment for moment in (lane.not_before, slot_at) if moment is not None]
             if lane.state is not LaneState.ACTIVE or any(moment > now for moment in waits):
                 return None
-        if limits.min_interval_seconds > 0:
+        if limits.min_interval_seconds > 0 and not self._registry.enabled[name].paces_requests:
             slots = 1
         lease_seconds = limits.timeout_seconds + self._settings.lease_margin_seconds
         return Wanted(name, slots, lease_seconds, self._registry.enabled[name].can_verify)
@@ -206,8 +214,9 @@ class Engine:
             connection, ready, self._settings.owner, now,
             can_verify=wanted.can_verify, is_sqlite=self._database.is_sqlite,
         )  # fmt: skip
-        interval = self._registry.enabled[wanted.destination].lane.min_interval_seconds
-        if taken and interval > 0:
+        destination = self._registry.enabled[wanted.destination]
+        interval = destination.lane.min_interval_seconds
+        if taken and interval > 0 and not destination.paces_requests:
             at = now + timedelta(seconds=interval)
             await lanes.book_slot(connection, wanted.destination, at, is_sqlite=self._database.is_sqlite)
         return taken

@@ -1,7 +1,7 @@
 """Lanes: whether work for a destination goes on, and when it may."""
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from sqlalchemy import select
 from sqlalchemy.dialects import postgresql, sqlite
@@ -9,6 +9,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from consumer.store.rows import LaneChange, LaneRow, LaneState
 from consumer.store.tables import lanes
+
+#: So many turns at most are booked ahead, by all processes together.
+LONGEST_QUEUE = 1000
 
 
 async def load(connection: AsyncConnection) -> dict[str, LaneRow]:
@@ -52,6 +55,21 @@ async def change(
 async def book_slot(connection: AsyncConnection, destination: str, at: datetime, *, is_sqlite: bool) -> None:
     """Note when the next attempt of a paced destination may start, for all processes."""
     await _upsert(connection, destination, {"next_slot_at": at}, is_sqlite=is_sqlite)
+
+
+async def take_turn(
+    connection: AsyncConnection, destination: str, now: datetime, interval_seconds: float, *, is_sqlite: bool
+) -> datetime:
+    """Return the next free turn of a paced destination, and book it for all processes."""
+    interval = timedelta(seconds=interval_seconds)
+    # the insert locks the row; its turn is in the past, so that the first one is now
+    await _upsert(connection, destination, {"destination": destination}, is_sqlite=is_sqlite)
+    query = select(lanes.c.next_slot_at).where(lanes.c.destination == destination).with_for_update()
+    booked = (await connection.execute(query)).scalar_one()
+    # a clock that was set back must not make anybody wait for longer than some turns
+    at = now if booked is None else max(now, min(booked, now + LONGEST_QUEUE * interval))
+    await book_slot(connection, destination, at + interval, is_sqlite=is_sqlite)
+    return at
 
 
 async def _upsert(

@@ -13,16 +13,17 @@ from consumer.config import Environment, Value
 from consumer.destinations.cdcs import Cdcs
 from consumer.destinations.cdcs_rules import (
     TITLE_LENGTH,
+    Record,
     choose_template,
-    content_sha256,
     find_user,
-    is_refusal,
     known_id,
     lacks_right,
     our_hashes,
     record_text,
     record_title,
+    refusal_code,
     said,
+    stored_record,
 )
 from consumer.destinations.contract import ExportContext, LastExport
 from consumer.errors import Misconfigured, Permanent
@@ -92,24 +93,24 @@ def test_what_is_no_utf8_is_refused(content: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "message",
+    ("message", "code"),
     [
-        "Element '{ns}x': This element is not expected. Expected is ( {ns}summary )., line 5",
-        "Element '{ns}a': 'x' is not a valid value of the atomic type 'xs:dateTime'., line 8",
-        "Element 'a', attribute 'b': The attribute 'b' is not allowed., line 1",
-        "Element 'a': No matching global declaration available for the validation root., line 1",
-        "expected '>', line 13, column 44 (<string>, line 13)",
-        "Document is empty, line 1, column 1 (<string>, line 1)",
-        "entities are disabled",
-        'invalid input syntax for type json\nDETAIL:  Token "NaN" is invalid.',
-        "CHECK constraint failed: JSON_VALID",
-        "string is too long for tsvector (1048610 bytes, max 1048575 bytes)",
-        "JSON parse error - Expecting value: line 1 column 2 (char 1)",
-        "Could not derive file name from '..'",
+        ("Element '{ns}x': This element is not expected. Expected is ( {ns}summary )., line 5", "record_invalid"),
+        ("Element '{ns}a': 'x' is not a valid value of the atomic type 'xs:dateTime'., line 8", "record_invalid"),
+        ("Element 'a', attribute 'b': The attribute 'b' is not allowed., line 1", "record_invalid"),
+        ("Element 'a': No matching global declaration available for the validation root., line 1", "record_invalid"),
+        ("expected '>', line 13, column 44 (<string>, line 13)", "record_malformed"),
+        ("Document is empty, line 1, column 1 (<string>, line 1)", "record_malformed"),
+        ("entities are disabled", "rejected"),
+        ('invalid input syntax for type json\nDETAIL:  Token "NaN" is invalid.', "rejected"),
+        ("CHECK constraint failed: JSON_VALID", "rejected"),
+        ("string is too long for tsvector (1048610 bytes, max 1048575 bytes)", "rejected"),
+        ("JSON parse error - Expecting value: line 1 column 2 (char 1)", "rejected"),
+        ("Could not derive file name from '..'", "rejected"),
     ],
 )
-def test_a_message_about_the_record_is_a_refusal(message: str) -> None:
-    assert is_refusal(message)
+def test_a_message_about_the_record_is_a_refusal(message: str, code: str) -> None:
+    assert refusal_code(message) == code
     assert not lacks_right(message)
 
 
@@ -124,13 +125,15 @@ def test_a_message_about_the_record_is_a_refusal(message: str) -> None:
     ],
 )
 def test_other_messages_are_no_refusal(message: str) -> None:
-    assert not is_refusal(message)
+    assert refusal_code(message) is None
     assert not lacks_right(message)
 
 
 def test_a_missing_right_is_known_by_its_message() -> None:
     assert lacks_right("The user doesn't have enough rights to publish.")
     assert lacks_right("The user does not have the permission to write into this workspace.")
+    assert lacks_right("You do not have permission to perform this action.")
+    assert not lacks_right("Invalid token.")
 
 
 def test_what_an_error_answer_says() -> None:
@@ -167,10 +170,17 @@ def test_users_are_found_by_name_and_else_by_address() -> None:
     assert find_user(users, "joanna", None) is None
 
 
-def test_the_digest_is_that_of_the_bytes() -> None:
-    expected = "961b6dd3ede3cb8ecbaacbd68de040cd78eb2ed5889130cceb4c49268ea4d506"
-    assert content_sha256({"xml_content": "aa"}) == content_sha256({"content": "aa"}) == expected
-    assert content_sha256({"xml_content": None}) is None
+def test_a_record_as_cdcs_answers_it() -> None:
+    sha256 = "961b6dd3ede3cb8ecbaacbd68de040cd78eb2ed5889130cceb4c49268ea4d506"
+    answer = {"id": 7, "title": "t", "template": 3, "workspace": 1, "xml_content": "aa"}
+    assert stored_record(answer) == Record("7", "t", "3", 1, sha256)
+    newer = {"id": "7", "title": "t", "template": "3", "workspace": None, "content": "aa"}
+    assert stored_record(newer) == Record("7", "t", "3", None, sha256)
+    without = stored_record({"id": 7, "xml_content": None})
+    assert without is not None
+    assert without.sha256 is None
+    nothings: list[Any] = [{"title": "t"}, {"id": ""}, {"id": None}, [], None]
+    assert [stored_record(nothing) for nothing in nothings] == [None] * len(nothings)
 
 
 def test_our_record_is_the_one_last_exported_or_remembered() -> None:
@@ -185,12 +195,14 @@ def test_our_record_is_the_one_last_exported_or_remembered() -> None:
 
 def test_settings_come_from_nexuslims_names() -> None:
     names = {"NX_CDCS_URL": "https://cdcs.example.org", "NX_CDCS_TOKEN": " abc ", "NX_CERT_BUNDLE": "pem"}
+    names["NX_CDCS_USERS_FILE"] = "/etc/nexus/users.csv"
     settings = Environment({name: Value(text, "test") for name, text in names.items()}).read(
         Cdcs.Settings, "NX_CDCS_"
     )
     assert settings.url == "https://cdcs.example.org/"
     assert settings.token == SecretStr("abc")
     assert settings.cert_bundle == "pem"
+    assert settings.users_file == Path("/etc/nexus/users.csv")
     assert (settings.user_owned_records, settings.assign_to_public_workspace) == (False, True)
     assert Cdcs(settings).enabled
 
