@@ -176,7 +176,7 @@ def _classes(origin: str, module: ModuleType) -> Iterator[tuple[str, type | str]
     for item in found:
         yield origin, item
     if not found and not origin.startswith("built-in"):
-        yield origin, f"holds no class with {', '.join(_PARTS)}"
+        yield origin, f"holds no class of its own with {', '.join(_PARTS)} (subclass what you import)"
 
 
 @dataclass(frozen=True, slots=True)
