@@ -24,7 +24,7 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 #: Names that NexusLIMS 2.8.0 reads and this service does not: known, never reported as a typing error.
 NEXUSLIMS_ONLY = re.compile(
     r"NX_(FILE_STRATEGY|IGNORE_PATTERNS|DB_PATH|FILE_DELAY_DAYS|CLUSTERING_SENSITIVITY|LOCAL_PROFILES_PATH"
-    r"|NEMO_\w+|ELABFTW_\w+|LABARCHIVES_\w+|EMAIL_\w+|TESTING|TEST_\w+|ENV_FILE)"
+    r"|NEMO_\w+|EMAIL_\w+|TESTING|TEST_\w+|ENV_FILE)"
 )
 
 

@@ -188,5 +188,11 @@ def _waited_too_long(facts: Facts, policy: Policy) -> bool:
     return facts.now >= facts.due_since + timedelta(seconds=policy.max_wait_seconds)
 
 
+#: Refusals that a person ends at the destination; nothing is wrong with the record.
+_MENDED_THERE = frozenset(
+    {"changed_at_destination", "conflict", "locked", "archived", "deleted", "too_large", "not_permitted"}
+)
+
+
 def _advice(code: str) -> str:
-    return "replay" if code in {"changed_at_destination", "conflict"} else "fix_record"
+    return "replay" if code in _MENDED_THERE else "fix_record"

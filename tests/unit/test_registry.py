@@ -68,7 +68,9 @@ def problem(found: Registry) -> str:
 
 def test_the_built_in_ones_come_by_falling_priority_and_say_why_they_are_off() -> None:
     found = load_registry(Environment({}))
-    assert [(item.name, item.priority) for item in found.known.values()] == [("cdcs", 100), ("local_archive", 10)]
+    assert [(item.name, item.priority) for item in found.known.values()] == [
+        ("cdcs", 100), ("labarchives", 90), ("elabftw", 85), ("local_archive", 10)
+    ]  # fmt: skip
     assert found.known["cdcs"].disabled_because == "NX_CDCS_TOKEN not configured"
     assert found.known["local_archive"].disabled_because == "NX_LOCAL_ARCHIVE_PATH is not set"
     assert found.enabled == {}
@@ -120,7 +122,7 @@ def test_a_plugin_written_for_nexuslims(tmp_path: Path) -> None:
     assert not item.can_verify
     assert item.origin.endswith("plugin_0.py")
     assert (item.links_to, item.depends_on) == ((), ())
-    assert list(found.known) == ["cdcs", "sharepoint", "local_archive"]
+    assert list(found.known) == ["cdcs", "labarchives", "elabftw", "sharepoint", "local_archive"]
 
 
 def test_an_asynchronous_plugin_with_settings_of_its_own(tmp_path: Path) -> None:
@@ -212,7 +214,7 @@ def test_one_name_alone_needs_no_tuple(tmp_path: Path) -> None:
         ("raise ValueError('at import')", "cannot be loaded: ValueError: at import"),
         ("import sys; sys.exit(3)", "cannot be loaded: SystemExit: 3"),
         ("\0", "cannot be loaded: "),
-        ("x = 1", "holds no class with name, priority, enabled, validate_config, export"),
+        ("x = 1", "holds no class of its own with name, priority, enabled, validate_config, export"),
         (
             "class A:\n    name = 'a'\n    def export(self, context): ...",
             "A lacks priority, enabled, validate_config",
@@ -304,7 +306,7 @@ def test_a_broken_module_among_the_built_in_ones(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("attribute", ["links_to", "depends_on"])
 def test_an_unknown_name_stops_the_start(tmp_path: Path, attribute: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"plain .*links to or depends on 'gone', .*known are cdcs, local"):
+    with pytest.raises(ConfigurationError, match=r"plain .*links to or depends on 'gone', .*known are cdcs, elabftw, lab"):
         load(tmp_path, plain(**{attribute: ("gone",)}))
 
 
@@ -384,7 +386,7 @@ def test_entry_points_name_classes_or_modules(site: Path) -> None:
         ("labp_wiki:INSTANCE", "is no class"),
         ("labp_wiki:make", "is no class"),
         ("labp_wiki:Half", "Half lacks name, priority, enabled, validate_config"),
-        ("labp_empty", "holds no class with "),
+        ("labp_empty", "holds no class of its own with "),
     ],
 )
 def test_a_broken_entry_point_takes_nobody_down(site: Path, value: str, said: str) -> None:
