@@ -17,6 +17,7 @@ from consumer.pipeline.attempt import Caller, Declined, LeaseLostError, LeaseToo
 from consumer.pipeline.decide import may_start
 from consumer.pipeline.ending import Endings, RetrySettings, of_superseded, skipped
 from consumer.pipeline.keeper import Keeper
+from consumer.pipeline.lanes import Lane
 from consumer.pipeline.links import Links, of_link
 from consumer.pipeline.pace import Pace
 from consumer.pipeline.progress import Advanced, Progress
@@ -67,6 +68,7 @@ class Engine:
         self._endings = Endings(settings.retry, database.clock)
         self._links = Links.of(registry.enabled)
         self.callers = {name: Caller(item, self._turn_of(item)) for name, item in registry.enabled.items()}
+        self.lanes = {name: Lane.of(caller, settings.lease_margin_seconds) for name, caller in self.callers.items()}
         self._running: dict[asyncio.Task[None], Claim] = {}
         self._results: asyncio.Queue[AttemptEnd] = asyncio.Queue()
         self._stopping = False
@@ -105,6 +107,7 @@ class Engine:
                 await asyncio.sleep(IDLE_SECONDS)
                 continue
             for claim in claims:
+                self.lanes[claim.step.destination].begin()
                 task = asyncio.create_task(self._run_step(claim))
                 self._running[task] = claim
                 task.add_done_callback(self._finished)
@@ -149,53 +152,29 @@ class Engine:
     async def _claim(self) -> list[Claim]:
         """Write down which records were kept since the last time, and claim what is due, in one commit."""
         self._hungry = True
-        if not self._free_slots() and not self._keeper.ready:
+        if not any(lane.free for lane in self.lanes.values()) and not self._keeper.ready:
             return []
         claims: list[Claim] = []
         async with self._database.write() as connection:
             # looked at only now: while others wrote, more slots got free and more records were kept
-            free, kept = self._free_slots(), self._keeper.ready
+            kept = self._keeper.ready
             asked = time.monotonic()  # before the database's clock: a lease surely lasts as long from here
             now = await self._database.now(connection)
             moved, fresh = await self._keeper.write_kept(connection, kept, now) if kept else (Advanced(), {})
             states = await lanes.load(connection)
-            for name, slots in free.items():
-                wanted = self._wanted(name, slots, states.get(name), now)
+            full = False
+            for name, lane in self.lanes.items():
+                wanted = lane.wanted(states.get(name), now)
                 if wanted is not None:
                     taken = await self._claim_lane(connection, wanted, now, fresh)
                     held_until = asked + wanted.lease_seconds
-                    claims += [replace(claim, held_until=held_until) for claim in taken]
+                    claims += [replace(claim, held_until=held_until, probe_of=wanted.probe_of) for claim in taken]
+                full |= lane.free == 0 or (wanted is not None and len(taken) >= wanted.limit)
             claims = await self._links.add_to(connection, await self._with_siblings(connection, claims))
-        self._hungry = any(self._count(claims, name) >= slots for name, slots in free.items()) or not free
+        self._hungry = full
         self._keeper.written(kept)
         self._progress.announce(moved)
         return claims
-
-    @staticmethod
-    def _count(claims: Sequence[Claim], name: str) -> int:
-        return sum(claim.step.destination == name for claim in claims)
-
-    def _free_slots(self) -> dict[str, int]:
-        used: dict[str, int] = {}
-        for claim in self._running.values():
-            used[claim.step.destination] = used.get(claim.step.destination, 0) + 1
-        free = {
-            name: caller.destination.lane.concurrency - used.get(name, 0) - len(caller.hung)
-            for name, caller in self.callers.items()
-        }
-        return {name: slots for name, slots in free.items() if slots > 0}
-
-    def _wanted(self, name: str, slots: int, lane: LaneRow | None, now: datetime) -> Wanted | None:
-        limits = self._registry.enabled[name].lane
-        if lane is not None:
-            slot_at = None if self._registry.enabled[name].paces_requests else lane.next_slot_at
-            waits = [moment for moment in (lane.not_before, slot_at) if moment is not None]
-            if lane.state is not LaneState.ACTIVE or any(moment > now for moment in waits):
-                return None
-        if limits.min_interval_seconds > 0 and not self._registry.enabled[name].paces_requests:
-            slots = 1
-        lease_seconds = limits.timeout_seconds + self._settings.lease_margin_seconds
-        return Wanted(name, slots, lease_seconds, self._registry.enabled[name].can_verify)
 
     async def _claim_lane(
         self, connection: Connection, wanted: Wanted, now: datetime, fresh: Mapping[UUID, JobRow]
@@ -214,12 +193,20 @@ class Engine:
             connection, ready, self._settings.owner, now,
             can_verify=wanted.can_verify, is_sqlite=self._database.is_sqlite,
         )  # fmt: skip
-        destination = self._registry.enabled[wanted.destination]
-        interval = destination.lane.min_interval_seconds
-        if taken and interval > 0 and not destination.paces_requests:
-            at = now + timedelta(seconds=interval)
-            await lanes.book_slot(connection, wanted.destination, at, is_sqlite=self._database.is_sqlite)
+        if taken:
+            await self._book(connection, wanted, now)
         return taken
+
+    async def _book(self, connection: Connection, wanted: Wanted, now: datetime) -> None:
+        """Keep other processes from what one may do: the next attempt of a paced lane, the probe of an open one."""
+        destination, is_sqlite = self._registry.enabled[wanted.destination], self._database.is_sqlite
+        interval = destination.lane.min_interval_seconds
+        if interval > 0 and not destination.paces_requests:
+            at = now + timedelta(seconds=interval)
+            await lanes.book_slot(connection, wanted.destination, at, is_sqlite=is_sqlite)
+        if wanted.probe_of is not None:
+            at = now + timedelta(seconds=wanted.lease_seconds)
+            await lanes.book_probe(connection, wanted.destination, at, is_sqlite=is_sqlite)
 
     async def _one_at_a_time(self, connection: Connection, ready: list[Claim]) -> list[Claim]:
         siblings = await jobs.load_steps(connection, {claim.job.id for claim in ready})
@@ -244,8 +231,16 @@ class Engine:
     # --- one step ------------------------------------------------------------------------------------------
 
     async def _run_step(self, claim: Claim) -> None:
-        """Run one claimed step: look first if its outcome is unknown, else export; hand the ending on."""
+        """Run one claimed step, tell its lane what that says of the destination, and hand the ending on."""
         started = time.monotonic()
+        ended = await self._ended(claim, started)
+        lane = self.lanes[claim.step.destination]
+        end = lane.end(claim, ended, time.monotonic() - started, self._database.clock())
+        if end is not None:
+            self._results.put_nowait(of_link(end) if claim.step.links else end)
+
+    async def _ended(self, claim: Claim, started: float) -> AttemptEnd | None:
+        """Look first if the outcome is unknown, else export; None when another process has taken the step over."""
         destination = self._registry.enabled[claim.step.destination]
         try:
             if claim.looks_up:
@@ -254,7 +249,7 @@ class Engine:
                 end = await self._export(claim, destination, started)
         except LeaseLostError:
             _log.warning("lease_lost", session=claim.job.session, destination=claim.step.destination)
-            return
+            return None
         except LeaseTooShortError:
             _log.warning("lease_too_short", session=claim.job.session, destination=claim.step.destination)
             end = self._endings.not_begun(claim)
@@ -263,7 +258,7 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - what a plugin gave may break us later; the step must not hang
             _log.exception("attempt_crashed", session=claim.job.session, destination=destination.name)
             end = self._cut(claim, destination, f"{type(error).__name__}: {error}", "internal_error", started)
-        self._results.put_nowait(of_link(end) if claim.step.links else end)
+        return end
 
     def _cut(self, claim: Claim, destination: Registered, reason: str, code: str, started: float) -> AttemptEnd:
         """End an attempt that did not come to its own end: a request may have left."""

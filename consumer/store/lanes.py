@@ -37,17 +37,19 @@ async def change(
     before = await load(connection) if changes else {}
     for item in changes:
         old = before.get(item.destination)
-        # a wish to wait does not wake a paused lane
-        state = old.state if old and item.not_before is not None else item.state
+        # a wish to wait does not wake a paused lane, and a breaker does not hide that a person has to act
+        keeps = item.not_before is not None or (item.state is LaneState.OPEN and old is not None
+                                                and old.state is LaneState.PAUSED)  # fmt: skip
+        state = old.state if old and keeps else item.state
         since = old.since if old and old.state is state else now
         kept = old.not_before if old and old.not_before else None
         not_before = max(filter(None, (kept, item.not_before)), default=None)
         values = {
             "state": state,
-            "reason": item.reason,
+            "reason": old.reason if old and keeps and old.state is not LaneState.ACTIVE else item.reason,
             "since": since,
             "not_before": not_before,
-            "probe_at": old.probe_at if old and item.not_before is not None else item.probe_at,
+            "probe_at": old.probe_at if old and keeps else item.probe_at,
         }
         await _upsert(connection, item.destination, values, is_sqlite=is_sqlite)
 
@@ -55,6 +57,11 @@ async def change(
 async def book_slot(connection: AsyncConnection, destination: str, at: datetime, *, is_sqlite: bool) -> None:
     """Note when the next attempt of a paced destination may start, for all processes."""
     await _upsert(connection, destination, {"next_slot_at": at}, is_sqlite=is_sqlite)
+
+
+async def book_probe(connection: AsyncConnection, destination: str, at: datetime, *, is_sqlite: bool) -> None:
+    """Note when an open lane may be probed again, should this probe never end."""
+    await _upsert(connection, destination, {"state": LaneState.OPEN, "probe_at": at}, is_sqlite=is_sqlite)
 
 
 async def take_turn(

@@ -207,6 +207,8 @@ class Claim:
     held_until: float = math.inf
     #: when it was claimed, by the database's clock: what it asks, it asks later than that
     claimed_at: datetime | None = None
+    #: since when its lane is open, if this attempt is the one that finds out whether that is over
+    probe_of: datetime | None = None
     #: addresses of the copies that this one links to, by destination
     links: Mapping[str, str] = field(default_factory=dict)
 

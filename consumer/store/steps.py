@@ -47,6 +47,8 @@ class Wanted:
     limit: int
     lease_seconds: float
     can_verify: bool = False
+    #: since when the lane is open, if one step may find out whether that is over
+    probe_of: datetime | None = None
 
 
 async def due_steps(connection: AsyncConnection, wanted: Wanted, now: datetime, *, lock: bool) -> list[StepRow]:
@@ -66,14 +68,18 @@ async def due_steps(connection: AsyncConnection, wanted: Wanted, now: datetime, 
             or_(copies.c.holder.is_(None), copies.c.holder == steps.c.job_id),
         )
         .order_by(steps.c.next_attempt_at)
-        .limit(wanted.limit)
     )
     if lock:
         query = query.with_for_update(of=[steps, jobs], skip_locked=True)
+    rows = list(await connection.execute(query.limit(wanted.limit)))
+    if len(rows) == wanted.limit and all(row.attempts > 0 for row in rows):
+        # many retries are due: half of the slots are for records that were never tried (one slot takes turns)
+        share = (wanted.limit + int(now.timestamp()) % 2) // 2
+        rows = [*await connection.execute(query.where(steps.c.attempts == 0).limit(share)), *rows]
     first: dict[str, StepRow] = {}
-    for row in await connection.execute(query):
+    for row in rows:
         first.setdefault(row.session, step_row(row))
-    return list(first.values())
+    return list(first.values())[: wanted.limit]
 
 
 def unclaimed(step: StepRow, job: JobRow, until: datetime) -> Claim:
