@@ -4,9 +4,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.integration.virtual import World, make_template
 
 PROJECT = Path(__file__).parents[2]
 REQUIREMENTS = PROJECT / "tests" / "nexuslims-requirements.txt"
@@ -39,3 +42,19 @@ def install(package: Path) -> None:
         shutil.copy(REQUIREMENTS, fresh)
         shutil.rmtree(package, ignore_errors=True)
         fresh.rename(package)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give an SQLite file with all tables."""
+    path = tmp_path_factory.mktemp("template") / "template.db"
+    make_template(path)
+    return path
+
+
+@pytest.fixture
+def world(template: Path, tmp_path: Path) -> Iterator[World]:
+    """Give a consumer and its servers."""
+    found = World(tmp_path, template)
+    yield found
+    found.close()

@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,23 +29,16 @@ from hypothesis.stateful import (
 )
 
 from consumer.events import REPLAY_HEADER
-from consumer.pipeline.attempt import record_key
-from tests.integration.harness import built, inline, job_of, outcome_id, sha256
+from tests.integration.harness import built, inline, job_of, outcome_id
 from tests.integration.virtual import (
     HEALTHY_EXPORT,
     HEALTHY_LOOK_UP,
-    MAX_WAIT_SECONDS,
-    SETTLE_SECONDS,
     START,
     AskableRemote,
     Reply,
     World,
-    make_template,
 )
 
-#: Promises that are not kept yet; a test below is expected to fail for each. Take a name out, and the machine and
-#: that test hold it too.
-OPEN_FLAWS: frozenset[str] = frozenset()
 SESSIONS = ("one", "two")
 STRATEGIES = ("all", "first_success", "best_effort")
 IN_FLIGHT = {"running", "unsettled"}
@@ -63,10 +56,9 @@ ENDINGS = st.one_of(
     st.builds(Reply, st.just("transient"), st.none(), WISHES),
     st.sampled_from([Reply("permanent"), Reply("misconfigured"), Reply("refused")]),
 )
-EARLY = HEALTHY_LOOK_UP if "early_look_up" in OPEN_FLAWS else Reply("early")
 ANSWERS = st.one_of(
     st.just(HEALTHY_LOOK_UP),
-    st.sampled_from([EARLY, Reply("unsure"), Reply("misconfigured")]),
+    st.sampled_from([Reply("early"), Reply("unsure"), Reply("misconfigured")]),
     st.builds(Reply, st.sampled_from(["transient", "unknown"]), st.none(), WISHES),
 )
 #: How many minutes a build is older than the newest; None: nobody says when it was.
@@ -96,8 +88,6 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="nexus-machine-"))
         self.world = World(self.folder, self.template)
-        for remote in self.world.remotes.values():
-            remote.late_updates = "late_update" not in OPEN_FLAWS
         self.sent: list[Sent] = []
         self.minutes: Counter[str] = Counter()
         self.fences: dict[tuple[str, str], int] = {}
@@ -293,15 +283,7 @@ class Machine(RuleBasedStateMachine):
         """Find at most one live copy of each session at each server, at any moment."""
         for name, remote in self.world.remotes.items():
             for key, count in Counter(copy.key for copy in remote.copies).items():
-                more = self.uncertain(name, key) if "create_after_uncertain" in OPEN_FLAWS else 0
-                assert count <= 1 + more, f"duplicate at {name}"
-
-    def uncertain(self, name: str, key: str) -> int:
-        """Count the copies that a person has to decide about."""
-        (session,) = [found for found in SESSIONS if record_key(found, name) == key]
-        query = "SELECT count(*) FROM steps WHERE session = ? AND destination = ? AND state = 'uncertain'"
-        ((count,),) = self.world.rows(query, session, name)
-        return int(count)
+                assert count <= 1, f"duplicate at {name} of {key}"
 
     def fences_only_rise(self) -> None:
         """Let no fence fall."""
@@ -317,8 +299,6 @@ class Machine(RuleBasedStateMachine):
             key = (row["job_id"], row["destination"])
             state, revision = now[key] = (row["state"], row["revision"])
             old_state, old_revision = self.before.get(key, (state, revision))
-            if "answer_after_giving_up" in OPEN_FLAWS and old_state == "uncertain":
-                continue
             if old_state in TERMINAL and state != old_state:
                 assert revision > old_revision or row["purpose"] == "link", (dict(row), old_state)
         self.before = now
@@ -338,7 +318,7 @@ class Machine(RuleBasedStateMachine):
         for _ in range(TURNS):
             self.turn_when_all_is_well()
             self.always()
-            due = self.world.next_due(rechecks="endless_recheck" not in OPEN_FLAWS)
+            due = self.world.next_due()
             if due is None:
                 break
             self.world.advance((due - self.world.clock.now).total_seconds())
@@ -375,149 +355,12 @@ class Machine(RuleBasedStateMachine):
                 assert copy.content == job["record_sha256"], f"an older build's content at {step['destination']}"
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give an SQLite file with all tables."""
-    path = tmp_path_factory.mktemp("template") / "template.db"
-    make_template(path)
-    return path
-
-
-@pytest.fixture
-def world(template: Path, tmp_path: Path) -> Iterator[World]:
-    """Give a consumer and its servers."""
-    found = World(tmp_path, template)
-    yield found
-    found.close()
-
-
 def test_every_order_of_events(template: Path) -> None:
     Machine.template = template
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=80, stateful_step_count=30, deadline=None, print_blob=True, derandomize=False,
+            max_examples=50, stateful_step_count=30, deadline=None, print_blob=True, derandomize=False,
             suppress_health_check=list(HealthCheck),
         ),
     )  # fmt: skip
-
-
-# --- what the machine has found and is still so ------------------------------------------------------------------
-
-
-def flaw(name: str) -> pytest.MarkDecorator:
-    """Mark the test of an open flaw: it must fail until the name leaves ``OPEN_FLAWS``."""
-    return pytest.mark.xfail(name in OPEN_FLAWS, reason=name, strict=True, raises=AssertionError)
-
-
-def event(number: int, text: str, destination: str = "alpha", *, minute: int | None = None) -> bytes:
-    """Write a build of session one for one destination."""
-    time = (START - timedelta(days=1) + timedelta(minutes=number if minute is None else minute)).isoformat()
-    record = inline("a.xml", f"<{text}/>".encode())
-    found = built("one", record, event_id=f"event-{number}", time=time, destinations=[destination])
-    return json.dumps(found).encode()
-
-
-def go(world: World, ending: Reply = HEALTHY_EXPORT, answer: Reply = HEALTHY_LOOK_UP) -> None:
-    """Take a turn of every stage; servers answer at once."""
-    world.tick()
-    world.keep()
-    world.turn()
-    for remote, request in world.open_requests():
-        world.answer(remote, request, answer if request.looks_up else ending)
-
-
-def contents(world: World, name: str = "alpha") -> list[str]:
-    """Return the content of each copy."""
-    digests = {sha256(f"<{text}/>".encode()): text for text in "abc"}
-    return [digests[copy.content] for copy in world.remotes[name].copies]
-
-
-@flaw("create_after_uncertain")
-@pytest.mark.parametrize("name", ["alpha", "gamma"])
-def test_a_newer_build_after_an_uncertain_one_makes_no_second_copy(world: World, name: str) -> None:
-    world.deliver(event(1, "a", name))
-    go(world, Reply("unknown", effect=0.0))
-    for _ in range(14):  # past the end of every wait, and nobody can be asked
-        world.advance(MAX_WAIT_SECONDS / 12)
-        go(world, answer=Reply("unsure"))
-    assert [row["state"] for row in world.rows("SELECT state FROM steps")] == ["uncertain"]
-    world.deliver(event(2, "b", name))
-    go(world)
-    go(world)
-    assert len(contents(world, name)) == 1
-
-
-@flaw("early_look_up")
-def test_a_look_up_counts_from_when_it_was_asked(world: World) -> None:
-    """Asked before H has passed and answered after it, "absent" does not say that H has passed without a commit."""
-    world.deliver(event(1, "a"))
-    go(world, Reply("unknown", effect=0.9))
-    asked_from = START + timedelta(seconds=0.6 * SETTLE_SECONDS)
-    while not world.open_requests() or world.clock.now < asked_from:
-        for remote, request in world.open_requests():
-            world.answer(remote, request, Reply("unsure"))
-        world.advance(1)
-        world.turn()
-    settled_at = START + timedelta(seconds=SETTLE_SECONDS + 1)
-    world.advance((settled_at - world.clock.now).total_seconds())
-    ((remote, request),) = world.open_requests()
-    world.answer(remote, request, Reply("early"))
-    go(world)
-    go(world)
-    assert contents(world) == ["a"]
-
-
-@flaw("late_update")
-def test_an_update_that_is_committed_late_does_not_bring_old_content_back(world: World) -> None:
-    world.deliver(event(1, "a"))
-    go(world)
-    world.deliver(event(2, "b"))
-    go(world, Reply("unknown", effect=0.9))
-    world.deliver(event(3, "c"))
-    for seconds in (5, 5, 5, SETTLE_SECONDS, 5, 5):
-        world.advance(seconds)
-        go(world)
-    assert [row["state"] for row in world.rows("SELECT state FROM jobs")].count("open") == 0
-    assert contents(world) == ["c"]
-
-
-def test_a_replay_of_an_older_build_overwrites_nothing(world: World) -> None:
-    world.deliver(event(1, "a"))
-    go(world, Reply("permanent"))
-    world.deliver(event(2, "b"))
-    go(world)
-    (letter,) = world.rows("SELECT body, headers FROM outbox WHERE kind = 'failed'")
-    world.deliver(bytes(letter["body"]), headers=json.loads(letter["headers"]))
-    go(world)
-    go(world)
-    assert contents(world) == ["b"]
-
-
-@flaw("endless_recheck")
-def test_a_last_look_up_ends(world: World) -> None:
-    """Of two builds of one time the one that came later was written; the other's content is not looked for."""
-    world.deliver(event(1, "a"))
-    go(world)
-    world.deliver(event(2, "b", minute=1))
-    go(world, Reply("unknown", effect=0.0))
-    for _ in range(40):
-        world.advance(SETTLE_SECONDS)
-        go(world)
-        world.recheck()
-    assert world.rows("SELECT recheck_at FROM copies WHERE recheck_at IS NOT NULL") == []
-
-
-@flaw("answer_after_giving_up")
-def test_what_was_given_up_stays_so(world: World) -> None:
-    """A look-up under way when the longest wait ends may not end the step a second time."""
-    world.deliver(event(1, "a"))
-    go(world, Reply("unknown", effect=0.0))
-    world.advance(MAX_WAIT_SECONDS - 30)
-    world.turn()
-    ((remote, request),) = world.open_requests()
-    world.advance(31)
-    world.tick()
-    world.answer(remote, request, HEALTHY_LOOK_UP)
-    ((job, step),) = world.rows("SELECT j.state, s.state FROM jobs j JOIN steps s ON s.job_id = j.id")
-    assert (job, step) == ("failed", "uncertain")

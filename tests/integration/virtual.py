@@ -119,8 +119,6 @@ class Remote:
     """A server without idempotency keys that cannot be asked: each create that it commits is one more copy."""
 
     enabled = True
-    #: an update that was given up may be committed later, as a create may; else it is at once
-    late_updates = True
 
     def __init__(self, name: str, priority: int, clock: Clock) -> None:
         self.name = name
@@ -168,7 +166,7 @@ class Remote:
             self.requests.remove(request)
         if request.looks_up or effect is None:
             return
-        if effect == 0 or (request.target is not None and not self.late_updates):
+        if effect == 0:
             self.commit(request)
         else:
             self._late.append((self._clock.now + timedelta(seconds=effect * SETTLE_SECONDS), request))
@@ -461,10 +459,10 @@ class World:
         for remote in self.remotes.values():
             remote.commit_late_ones()
 
-    def next_due(self, *, rechecks: bool) -> datetime | None:
-        """Return the next moment at which something is to be done, with or without last look-ups."""
+    def next_due(self) -> datetime | None:
+        """Return the next moment at which something is to be done."""
         moments: list[datetime | None] = [remote.next_late for remote in self.remotes.values()]
-        moments += [datetime.fromisoformat(row["at"]) for row in self.rows(_DUE + (_RECHECKS if rechecks else ""))]
+        moments += [datetime.fromisoformat(row["at"]) for row in self.rows(_DUE)]
         return min((moment for moment in moments if moment and moment > self.clock.now), default=None)
 
     # --- what is stored ----------------------------------------------------------------------------------------
@@ -479,9 +477,9 @@ _DUE = """
     SELECT decide_at FROM jobs WHERE decide_at IS NOT NULL UNION ALL
     SELECT snapshot_due_at FROM jobs WHERE snapshot_due_at IS NOT NULL UNION ALL
     SELECT not_before FROM lanes WHERE not_before IS NOT NULL UNION ALL
-    SELECT probe_at FROM lanes WHERE probe_at IS NOT NULL
+    SELECT probe_at FROM lanes WHERE probe_at IS NOT NULL UNION ALL
+    SELECT recheck_at FROM copies WHERE recheck_at IS NOT NULL
 """
-_RECHECKS = " UNION ALL SELECT recheck_at FROM copies WHERE recheck_at IS NOT NULL"
 
 
 def make_template(path: Path) -> None:
