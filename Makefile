@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check e2e bench kill-storm kill-storm-short crash-matrix crash-matrix-tenth mutants test-rabbitmq4 lock docs-reference clean
+.PHONY: help run test check e2e bench kill-storm kill-storm-short crash-matrix crash-matrix-tenth conformance kill-storm-real bulkhead mutants test-rabbitmq4 lock docs-reference clean
 
 help: ## list the commands
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -48,6 +48,17 @@ kill-storm-short: $(VENV)/dev.stamp ## the same in two minutes
 crash-matrix-tenth: $(VENV)/dev.stamp ## a tenth of the crash matrix, drawn anew each day
 	@sh tools/packages.sh rabbitmq postgresql
 	@$(BIN)/python -m tests.crash.run --database both --tenth $(SEED)
+
+conformance: $(VENV)/dev.stamp ## forty wire faults between each destination and its server, twelve disk faults for the archive
+	@$(BIN)/python -m tools.conformance
+
+kill-storm-real: $(VENV)/dev.stamp ## the same to a real CDCS, both notebooks and the archive, with links that come late
+	@sh tools/packages.sh rabbitmq
+	@$(BIN)/python -m tests.storm_real.run --records 200 --kills 50 --seed 7
+
+bulkhead: $(VENV)/dev.stamp ## nine ways in which one destination could disturb the others, measured
+	@sh tools/packages.sh rabbitmq postgresql
+	@$(BIN)/python -m benchmarks.bulkhead
 
 mutants: $(VENV)/dev.stamp ## take out each guarantee once and see its test fail
 	@sh tools/packages.sh rabbitmq postgresql

@@ -16,10 +16,12 @@ import typer
 from consumer.broker import Broker, BrokerAwayError
 from consumer.clients.publish import PublishOptions, UnusableFileError
 from consumer.commands import (
+    conformance,
     console,
     destinations,
     doctor,
     export,
+    new_destination,
     publish,
     republish,
     schemas,
@@ -33,6 +35,7 @@ from consumer.pipeline.service import build_pipeline, serve
 from consumer.store import schema
 from consumer.store.connection import Database, DatabaseError, DatabaseLockedError
 from consumer.telemetry import configure_logging, get_logger
+from consumer.testing.conformance_subject import Options
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -276,6 +279,60 @@ def doctor_command(as_json: Json = False) -> None:
 
 
 # --- for authors of plugins --------------------------------------------------------------------------------------
+
+
+@app.command("new-destination")
+def new_destination_command(
+    name: Annotated[str, typer.Argument(help="lower-case letters, digits and _")],
+    folder: Annotated[Path, typer.Option(help="where to write it")] = Path(),
+) -> None:
+    """Write a small destination that works, a server to try it with, and its test."""
+    try:
+        code = new_destination.write_destination(name, folder)
+    except ValueError as error:
+        console.complain(str(error))
+        raise typer.Exit(USAGE) from None
+    raise typer.Exit(code)
+
+
+@app.command("conformance")
+def conformance_command(  # noqa: PLR0917 - typer gives arguments by name
+    spec: Annotated[str, typer.Argument(help="MODULE:CLASS, FILE.py:CLASS, or the name of an installed one")],
+    server: Annotated[str | None, typer.Option(help="command that serves on 127.0.0.1:{port}")] = None,
+    url: Annotated[str | None, typer.Option(help="address of the server; default: the setting's")] = None,
+    url_setting: Annotated[str | None, typer.Option(help="its setting; default: NX_<NAME>_URL")] = None,
+    count_command: Annotated[
+        str | None, typer.Option(help="prints the copies of {session} {title} {key} {sha256} on {port}")
+    ] = None,
+    count_url: Annotated[str | None, typer.Option(help="address that answers the same")] = None,
+    reads: Annotated[list[str] | None, typer.Option(help="pattern of requests that only read")] = None,
+    creates: Annotated[list[str] | None, typer.Option(help="pattern of GETs that change something")] = None,
+    fault: Annotated[list[str] | None, typer.Option(help="only this fault; may be repeated")] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="record file to send; default: a small one", exists=True, dir_okay=False)
+    ] = None,
+    path_setting: Annotated[
+        str | None, typer.Option(help="setting of a folder: disk faults, for a destination of files")
+    ] = None,
+    limit: Annotated[float, typer.Option(help="longest attempt that a fault stalls, in seconds")] = 3.0,
+    settle: Annotated[float, typer.Option(help="settle time H in seconds")] = 1.0,
+    parallel: Annotated[int, typer.Option(help="cases at once")] = 16,
+    as_json: Json = False,
+) -> None:
+    """Prove a destination: forty wire faults between it and a server for tests, what must be true after each."""
+
+    async def work(setup: Setup) -> int:
+        content = record.read_bytes() if record else None
+        options = Options(
+            limit, settle, parallel, tuple(reads or ()), tuple(creates or ()), content, only=tuple(fault or ())
+        )
+        plugins = setup.settings.destinations_path
+        wish = conformance.Wish(
+            spec, url_setting, server, url, count_command, count_url, plugins, path_setting=path_setting
+        )
+        return await conformance.run_conformance(wish, options, setup.environment, as_json=as_json)
+
+    _run(work)
 
 
 @app.command()

@@ -183,7 +183,11 @@ class CdcsApi:
         return await self._http.request("GET", path, params=params, pass_through=_INTERNAL)
 
     async def _patch(self, path: str, body: Mapping[str, str] | None = None) -> httpx.Response:
-        return await self._http.request("PATCH", path, json=body, creates=True, pass_through=_INTERNAL)
+        answer = await self._http.request("PATCH", path, json=body, creates=True, pass_through=_INTERNAL)
+        # a page of something in between may come with 200 too, and then nothing has changed
+        if answer.status_code == HTTPStatus.OK and not isinstance(self._http.json_of(answer, creates=True), dict):
+            raise UnknownOutcome(f"CDCS answered something unexpected: {self._http.quote(answer)}")
+        return answer
 
     def _objects(self, answer: httpx.Response) -> list[dict[str, Any]]:
         """Return the objects of an answer that should be a list of them."""

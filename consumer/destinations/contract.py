@@ -22,7 +22,6 @@ from typing import Any, Literal, Protocol, runtime_checkable
 no_request_after: ContextVar[float] = ContextVar("no_request_after", default=math.inf)
 
 
-
 async def _at_once() -> None:
     """Stand in where no pace is kept (a destination called by hand)."""
 

@@ -6,9 +6,8 @@ that was changed only gets additions.
 """
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -193,7 +192,7 @@ class Elabftw:
     ) -> tuple[dict[str, Any], str | None]:
         """Write title, body and metadata; return the entry and the digest of our page as the server keeps it."""
         if todo.patch:
-            async with self._writing(context, entry):
+            async with self._writing(entry):
                 entry = await self._api.patch(str(entry["id"]), todo.patch)
         last = context.last_export.stored_sha256 if context.last_export else None
         stored: str | None = context.remembered.get("stored") or last
@@ -212,7 +211,7 @@ class Elabftw:
         warnings = []
         for text in lacks.tags:
             try:
-                async with self._writing(context, entry, repeatable=True):
+                async with self._writing(entry):
                     await self._api.add_tag(str(entry["id"]), text)
             except Permanent as error:
                 warnings += _tolerated(error)
@@ -220,7 +219,7 @@ class Elabftw:
         olds = {} if kept else replacements(entry, lacks.files, wanted, hashes)
         for file in lacks.files:
             try:
-                async with self._writing(context, entry):
+                async with self._writing(entry):
                     await self._attach(str(entry["id"]), file, olds.get(file))
             except Permanent as error:
                 if file.kind == XML_COMMENT:
@@ -271,14 +270,16 @@ class Elabftw:
         record_id = _known_id(context) or await self._find(context, wanted)
         if record_id is None:
             return Absent()
-        entry = await self._entry(record_id)
+        try:
+            entry = await self._entry(record_id)
+        except Permanent as error:
+            if error.code != "not_permitted":
+                raise
+            return Unsure(str(error))  # a missing right says nothing of what became of a request
         todo, lacks = self._todo(context, wanted, entry)
         if not todo.patch and lacks == Lacks():
             url = self._url(record_id)
             return Partial(record_id) if self._is_to_be_handed_over(context) else Present(record_id, url)
-        lost_at = context.remembered.get("lost_at")
-        if isinstance(lost_at, float) and 0 <= time.time() - lost_at < self.settle_seconds:
-            return Unsure("part of it is missing, and the server may still commit what was sent last")
         return Partial(record_id)
 
     async def _find(self, context: ExportContext, wanted: Wanted) -> str | None:
@@ -332,21 +333,10 @@ class Elabftw:
     # --- refusals ----------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _writing(
-        self, context: ExportContext, entry: Mapping[str, Any], *, repeatable: bool = False
-    ) -> AsyncIterator[None]:
-        """Note when an answer was lost, and say why an experiment took nothing."""
+    async def _writing(self, entry: Mapping[str, Any]) -> AsyncIterator[None]:
+        """Say why an experiment took nothing."""
         try:
             yield
-        except UnknownOutcome:
-            # what is missing may still come: it is not sent again before that is settled
-            if not repeatable:
-                await context.remember(lost_at=time.time())
-            raise
-        except asyncio.CancelledError:
-            with suppress(Exception):  # the attempt is over, whether this is remembered or not
-                await context.remember(lost_at=time.time())
-            raise
         except Permanent as error:
             if error.code in {"too_large", "locked"}:
                 raise

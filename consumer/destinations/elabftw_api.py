@@ -24,7 +24,6 @@ MAX_HITS = 50
 
 #: A 400 that holds this code is a 422 to 5.4 and later.
 _NOT_NORMAL = 422
-_WRITES = (HTTPStatus.OK, HTTPStatus.CREATED, HTTPStatus.NO_CONTENT)
 
 
 class Api:
@@ -78,7 +77,8 @@ class Api:
         """Change an entry, one key after the other, and return it as it is then."""
         path = f"{EXPERIMENTS}/{record_id}"
         answer = await self._request("PATCH", path, json=dict(changes), creates=True)
-        return self._entry_in(self._written(answer, f"a change of experiment {record_id}"))
+        self._written(answer, f"a change of experiment {record_id}", HTTPStatus.OK)
+        return self._entry_in(answer, creates=True)
 
     async def add_tag(self, record_id: str, text: str) -> None:
         """Add a tag; it is there once, however often it is added."""
@@ -107,18 +107,19 @@ class Api:
         shown = self._http.quote(answer)
         return said(shown.encode())[0] or shown
 
-    def _written(self, answer: httpx.Response, what: str) -> httpx.Response:
+    def _written(self, answer: httpx.Response, what: str, wanted: HTTPStatus = HTTPStatus.CREATED) -> httpx.Response:
         """Return an answer that says that something was written, else raise."""
-        if answer.status_code in _WRITES:
+        if answer.status_code == wanted:
             return answer
         raise self._no_access(answer) or self._refusal(answer, what)
 
-    def _entry_in(self, answer: httpx.Response) -> dict[str, Any]:
-        """Return the entry in an answer to a read, or to a change that may be repeated."""
-        value = self._http.json_of(answer)
-        if not isinstance(value, dict) or "id" not in value:
-            raise Transient(f"eLabFTW answered no experiment: {self._http.quote(answer)}", code="no_answer")
-        return value
+    def _entry_in(self, answer: httpx.Response, *, creates: bool = False) -> dict[str, Any]:
+        """Return the entry in an answer to a read, or to a change."""
+        value = self._http.json_of(answer, creates=creates)
+        if isinstance(value, dict) and "id" in value:
+            return value
+        message = f"eLabFTW answered no experiment: {self._http.quote(answer)}"
+        raise UnknownOutcome(message) if creates else Transient(message, code="no_answer")
 
     def _no_access(self, answer: httpx.Response) -> DestinationError | None:
         """Say what a person has to mend about the key, if it is that."""
@@ -160,6 +161,8 @@ class Api:
     def _refusal(self, answer: httpx.Response, what: str) -> DestinationError:
         status, text = answer.status_code, self.text(answer)
         code = said(answer.content)[1]
+        if status < HTTPStatus.BAD_REQUEST:  # a page of something in between: nobody knows what became of it
+            return UnknownOutcome(f"eLabFTW answered {status} to {what}, which is no answer of its own: {text}")
         message = f"eLabFTW refused {what}: {status} {text}"
         too_large = status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE
         if too_large or (status == HTTPStatus.BAD_REQUEST and "too big" in text):

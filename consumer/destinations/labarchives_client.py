@@ -77,7 +77,7 @@ def problem(
         return Transient(text, retry_after=retry_after, code="rate_limited")
     if code is not None:
         return Permanent(text, code="rejected")
-    return None if status == HTTPStatus.OK else _problem_of_status(text, status)
+    return None if status == HTTPStatus.OK else _problem_of_status(text, status, creates=creates)
 
 
 def _problem_of_code(text: str, code: int | None) -> DestinationError | None:
@@ -89,12 +89,14 @@ def _problem_of_code(text: str, code: int | None) -> DestinationError | None:
     return Permanent(text, code="rejected") if code in _REFUSED else None
 
 
-def _problem_of_status(text: str, status: int) -> DestinationError:
+def _problem_of_status(text: str, status: int, *, creates: bool) -> DestinationError:
     """Judge an answer that only has a status; it may come from something before LabArchives."""
     if status in _CREDENTIALS:
         return Misconfigured(f"{text}; {_SETTINGS[4507]}")
     if status < HTTPStatus.BAD_REQUEST or status in _NOT_THERE:
         return Misconfigured(f"{text}; is NX_LABARCHIVES_URL right?")
+    if not creates:  # a question that was not answered says nothing of the record
+        return Transient(text, code="no_answer")
     return Permanent(text, code="too_large" if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE else "rejected")
 
 

@@ -107,7 +107,7 @@ def load_registry(environment: Environment, folder: Path | None = None) -> Regis
         if isinstance(found, str):
             problems.append(Problem(origin, found))
             continue
-        built = _build(found, origin, environment)
+        built = build(found, origin, environment)
         if isinstance(built, str):
             problems.append(Problem(origin, built))
         elif built.name in known:
@@ -151,14 +151,15 @@ def _from_folder(folder: Path) -> Iterator[tuple[str, type | str]]:
     for path in sorted(folder.glob("*.py")):
         if path.name.startswith("_"):
             continue
-        loaded = _guarded(lambda path=path: _load_file(path))
+        loaded = _guarded(lambda path=path: load_file(path))
         if isinstance(loaded, _Failure):
             yield str(path), f"cannot be loaded: {loaded.message}"
         else:
             yield from _classes(str(path), loaded)
 
 
-def _load_file(path: Path) -> ModuleType:
+def load_file(path: Path) -> ModuleType:
+    """Import a plugin file under a name of its own. Whatever the file raises passes."""
     name = f"nexus_export_plugins.{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -192,7 +193,7 @@ def _guarded(call: Any) -> Any:
         return _Failure(f"{type(error).__name__}: {error}")
 
 
-def _build(found: type, origin: str, environment: Environment) -> Registered | str:
+def build(found: type, origin: str, environment: Environment) -> Registered | str:
     """Make an instance and check the contract; a text says why not."""
     if not inspect.isclass(found):
         return "is no class"

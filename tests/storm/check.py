@@ -89,9 +89,12 @@ def read_ledgers(folder: Path) -> dict[Key, list[Copy]]:
 
 
 def read_evidence(
-    events: Sequence[Announced], heard: Sequence[Mapping[str, Any]], folder: Path, db: Path
+    events: Sequence[Announced],
+    heard: Sequence[Mapping[str, Any]],
+    copies: Mapping[Key, Sequence[Copy]],
+    db: Path,
 ) -> Evidence:
-    """Read ledgers and database."""
+    """Read the database, and put it beside the rest."""
     with closing(sqlite3.connect(f"{db.as_uri()}?mode=ro", uri=True)) as connection:
         connection.row_factory = sqlite3.Row
 
@@ -102,7 +105,7 @@ def read_evidence(
         states += Counter({f"step {row['state']}": row["n"] for row in rows(_COUNT.format(table="steps"))})
         log = rows("SELECT * FROM upload_log ORDER BY id")
         outbox = rows("SELECT kind, message_id, sent_at FROM outbox")
-    return Evidence(events, heard, read_ledgers(folder), log, outbox, states)
+    return Evidence(events, heard, copies, log, outbox, states)
 
 
 _COUNT = "SELECT state, count(*) AS n FROM {table} GROUP BY state"

@@ -12,11 +12,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from tests.storm.check import Report, check, read_evidence
+from tests.storm.check import Report, check, read_evidence, read_ledgers
+from tests.storm.stage import Open, Stage, StormError
 from tests.storm.traffic import Announced, Traffic, announce, queue_lengths
-from tests.storm.world import DESTINATIONS, SETTLE_SECONDS, StormError, World
+from tests.storm.world import DESTINATIONS, SETTLE_SECONDS, World
 
 #: From the readiness of a consumer to the next kill, at most.
 LONGEST_LIFE_SECONDS = 4.0
@@ -29,14 +32,15 @@ CYCLE_SECONDS = 3.5
 READY_SECONDS = 40.0
 TELL_SECONDS = 5.0
 LOOK_SECONDS = 0.02
-#: After the end nothing more may come for so long.
-QUIET_SECONDS = SETTLE_SECONDS + 3.0
 
 
 class Storm:
     """One run: traffic, kills, and the wait for the end of all work."""
 
-    def __init__(self, options: argparse.Namespace, world: World, traffic: Traffic) -> None:
+    #: After the end nothing more may come for so long.
+    quiet_seconds = SETTLE_SECONDS + 3.0
+
+    def __init__(self, options: argparse.Namespace, world: Stage, traffic: Traffic) -> None:
         self._options = options
         self._world = world
         self._traffic = traffic
@@ -66,9 +70,9 @@ class Storm:
         self._let_publish()
 
     def _let_publish(self) -> None:
-        """Spread the records over the kills, so that there is work for the last one too."""
+        """Spread the records over the kills, and keep some back, so that there is work for the last one too."""
         wanted, count = self._options.kills, self._options.records
-        share = min(1.0, (self.kills.total() + 1) / wanted) if wanted else 1.0
+        share = min(1.0, (self.kills.total() + 1) / (wanted + 1))
         self._traffic.quota = max(self._traffic.quota, math.ceil(count * share))
 
     def _live_for_a_while(self) -> None:
@@ -86,19 +90,22 @@ class Storm:
     def _await_work(self) -> None:
         """Wait for a moment at which a kill meets something half done; where nothing is, one more record comes."""
         traffic = self._traffic
-        while not self._world.open_work().in_flight:
+        while not self._is_worth_a_kill(self._world.open_work()):
             if len(traffic.causes) == traffic.quota:  # what was published is over
                 if traffic.quota == self._options.records:
                     raise StormError(self._still_open("all work is over before the last kill; take more records"))
                 traffic.quota += 1
             self._pass(LOOK_SECONDS)
 
+    def _is_worth_a_kill(self, found: Open) -> bool:
+        return found.in_flight
+
     def _await_end(self) -> None:
         """Wait until every record has its outcome and nothing is open anywhere."""
         quiet_since = time.monotonic()
-        while time.monotonic() - quiet_since < QUIET_SECONDS:
+        while time.monotonic() - quiet_since < self.quiet_seconds:
             answered = len(self._traffic.causes) >= self._options.records
-            if not (answered and self._world.open_work().idle) or self._world.server_state()["pending"]:
+            if not (answered and self._world.open_work().idle) or self._world.pending():
                 quiet_since = time.monotonic()
             self._pass(0.2)
 
@@ -128,28 +135,42 @@ class Storm:
         return "\n  ".join([f"{why}: {self._progress()}", *self._world.waiting_steps()])
 
 
-def storm(options: argparse.Namespace, folder: Path) -> tuple[Report, int]:
-    """Do everything; returns what was found and how many kills there were."""
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a storm ended: whether the promise was kept, and what is told of it, the summary last."""
+
+    good: bool
+    lines: Sequence[str]
+
+
+def pace(options: argparse.Namespace) -> float:
+    """Return the seconds from one record to the next, at least."""
+    return CYCLE_SECONDS * max(1, int(options.kills)) / int(options.records)
+
+
+def storm(options: argparse.Namespace, folder: Path) -> Ending:
+    """Do everything and look for damage."""
     events = announce(folder / "records", options.records, options.seed)
     world = World(folder, options.seed)
     try:
         world.start()
-        interval = CYCLE_SECONDS * max(1, options.kills) / options.records
-        with Traffic(world.rabbit.url, events, interval) as traffic:
+        with Traffic(world.rabbit.url, events, pace(options)) as traffic:
             if not traffic.listening.wait(READY_SECONDS):
                 raise StormError("the listener found no broker")
             run = Storm(options, world, traffic)
             run.run()
             world.stop_consumer()
         print(f"the server's faults: {world.server_state()['met']}", flush=True)
-        return look_at(events, traffic, world), run.kills.total()
+        report = look_at(events, traffic, world)
+        return Ending(report.good, [*report.details(), summary(options, report, run.kills.total())])
     finally:
         world.close()
 
 
 def look_at(events: list[Announced], traffic: Traffic, world: World) -> Report:
     """Check everything that is left behind."""
-    report = check(read_evidence(events, traffic.heard, world.ledgers, world.database), DESTINATIONS, SETTLE_SECONDS)
+    evidence = read_evidence(events, traffic.heard, read_ledgers(world.ledgers), world.database)
+    report = check(evidence, DESTINATIONS, SETTLE_SECONDS)
     left = asyncio.run(queue_lengths(world.rabbit.url))
     if any(left.values()):
         report.problems.append(f"messages were left: {left}")
@@ -165,11 +186,12 @@ def summary(options: argparse.Namespace, report: Report, kills: int) -> str:
     )
 
 
-def read_options(arguments: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.storm.run", description=__doc__)
-    parser.add_argument("--records", type=int, default=60)
-    parser.add_argument("--kills", type=int, help="default: one for ten records")
+def read_options(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, *, records: int, kills: int | None = None
+) -> argparse.Namespace:
+    """Read the command line of a storm; without ``kills`` there is one for ten records."""
+    parser.add_argument("--records", type=int, default=records)
+    parser.add_argument("--kills", type=int, default=kills, help=f"default: {kills or 'one for ten records'}")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--minutes", type=float, help="longest run; default: enough for a slow machine")
     options = parser.parse_args(arguments)
@@ -182,29 +204,33 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a storm; exit code 1 when anything was lost, duplicated, not reported, or otherwise wrong."""
-    options = read_options(arguments)
-    print(f"kill-storm: seed {options.seed}, {options.records} records, {options.kills} kills", flush=True)
+def play(name: str, options: argparse.Namespace, whole: Callable[[argparse.Namespace, Path], Ending]) -> int:
+    """Run a storm in a folder of its own; exit code 1 when anything was lost, duplicated or otherwise wrong."""
+    print(f"{name}: seed {options.seed}, {options.records} records, {options.kills} kills", flush=True)
     logging.disable(logging.CRITICAL)  # the libraries tell at length of every death of the broker
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = Path(tempfile.mkdtemp(prefix="nexus-storm-"))
     try:
-        report, kills = storm(options, folder)
+        ending = whole(options, folder)
     except StormError as error:
-        print(f"kill-storm failed (seed {options.seed}): {error}\neverything is kept in {folder}", file=sys.stderr)
+        print(f"{name} failed (seed {options.seed}): {error}\neverything is kept in {folder}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"interrupted; everything is kept in {folder}", file=sys.stderr)
         return 130
-    for line in report.details():
-        print(line, flush=True)
-    if report.good:
+    if ending.good:
         shutil.rmtree(folder)
     else:
         print(f"everything is kept in {folder}", flush=True)
-    print(summary(options, report, kills), flush=True)
-    return 0 if report.good else 1
+    for line in ending.lines:
+        print(line, flush=True)
+    return 0 if ending.good else 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the storm against the test plugins."""
+    parser = argparse.ArgumentParser(prog="python -m tests.storm.run", description=__doc__)
+    return play("kill-storm", read_options(parser, arguments, records=60), storm)
 
 
 if __name__ == "__main__":
