@@ -90,9 +90,7 @@ async def claim(database: Database, owner: str = "one", wanted: Wanted = WANTED,
         known = await jobs.load_jobs(connection, {step.job_id for step in found})
         until = now + timedelta(seconds=wanted.lease_seconds)
         ready = [steps.unclaimed(step, known[step.job_id], until) for step in found]
-        return await steps.claim(
-            connection, ready, owner, now, can_verify=False, is_sqlite=database.is_sqlite
-        )
+        return await steps.claim(connection, ready, owner, now, can_verify=False, is_sqlite=database.is_sqlite)
 
 
 def ended(taken: Claim, state: StepState = StepState.DONE, copy: CopyChange | None = None) -> AttemptEnd:

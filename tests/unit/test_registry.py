@@ -306,7 +306,9 @@ def test_a_broken_module_among_the_built_in_ones(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("attribute", ["links_to", "depends_on"])
 def test_an_unknown_name_stops_the_start(tmp_path: Path, attribute: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"plain .*links to or depends on 'gone', .*known are cdcs, elabftw, lab"):
+    with pytest.raises(
+        ConfigurationError, match=r"plain .*links to or depends on 'gone', .*known are cdcs, elabftw, lab"
+    ):
         load(tmp_path, plain(**{attribute: ("gone",)}))
 
 
