@@ -398,3 +398,7 @@ class Client:
         if isinstance(answer, DeliveredMessage):
             message_text = f"no queue takes {BUILT} at {shown(self._url)}"
             raise BrokerAwayError(message_text)
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            # before Python 3.12 wait_for loses a Ctrl-C that comes together with the confirm
+            raise asyncio.CancelledError

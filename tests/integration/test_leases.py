@@ -289,10 +289,9 @@ def export(self, context):
     else:
         note("stop", context)
         os.kill(os.getpid(), 19)
-        last = time.monotonic()
-        while time.monotonic() - last < 1:  # the signal stops this thread when it likes; a jump shows that it did
-            last = time.monotonic()
-            time.sleep(0)
+        last = now = time.monotonic()
+        while now - last < 1:  # the signal stops this thread when it likes; a jump shows that it did
+            last, now = now, time.monotonic()
     return ExportResult(True, self.name, record_id=self.send(context.record_key, b"<x/>"))
 
 def send(self, key, content=None):
