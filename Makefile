@@ -12,9 +12,12 @@ help: ## list the commands
 run: $(VENV)/run.stamp ## a demonstration with a broker of its own and five sample records
 	@$(BIN)/python -m tools.demo
 
+# Most tests wait for servers; each process starts its own.
+TEST_PROCESSES ?= 3
+
 test: $(VENV)/dev.stamp ## install and start what the tests need, run them all, stop it all
 	@sh tools/packages.sh rabbitmq postgresql
-	$(BIN)/python -m pytest tests --cov --cov-report=term:skip-covered -q
+	$(BIN)/python -m pytest tests -n $(TEST_PROCESSES) --dist loadfile --cov --cov-report=term:skip-covered -q
 
 check: $(VENV)/dev.stamp ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

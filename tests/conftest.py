@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from tools.servers.rabbitmq import RabbitServer
 # The settings of whoever runs the tests must not decide what the tests see.
 for _name in [name for name in os.environ if name.startswith("NX_")]:
     del os.environ[_name]
+# A shell that runs the tests in the background has SIGINT ignored, and every program started here would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """What the integration tests share."""
 
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -22,16 +23,25 @@ def nexus_schema() -> Path:
     The package lies in a folder of its own and is kept between runs. Its schema is read, nothing imports it.
     """
     package = PROJECT / ".services" / "nexuslims"
-    installed_from = package / REQUIREMENTS.name
-    if not installed_from.exists() or installed_from.read_bytes() != REQUIREMENTS.read_bytes():
+    if not is_installed(package):
         install(package)
     return package / "nexusLIMS" / "schemas" / "nexus-experiment.xsd"
+
+
+def is_installed(package: Path) -> bool:
+    """Tell whether the folder holds what the requirements file pins now."""
+    installed_from = package / REQUIREMENTS.name
+    return installed_from.exists() and installed_from.read_bytes() == REQUIREMENTS.read_bytes()
 
 
 def install(package: Path) -> None:
     """Install what the requirements file pins, whole or not at all: a test run may be cut at any moment."""
     package.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=package.parent, prefix="nexuslims-") as temporary:
+    lock = package.with_suffix(".lock").open("w")
+    with lock, tempfile.TemporaryDirectory(dir=package.parent, prefix="nexuslims-") as temporary:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # test runs side by side
+        if is_installed(package):
+            return
         fresh = Path(temporary) / "package"
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         command += ["--no-deps", "--no-compile", "--require-hashes", "--only-binary", ":all:"]
