@@ -219,7 +219,7 @@ class BuiltEvent:
         return job_id(self.source, self.id)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def job_id(source: str, event_id: str) -> uuid.UUID:
     """Name the job of an event: uuid5 of the event id in the namespace of its source."""
     return uuid.uuid5(_namespace(source), event_id)
@@ -294,7 +294,7 @@ def _restore(text: str) -> BuiltEvent:
     )
 
 
-_restore_cached = lru_cache(maxsize=2048)(_restore)
+_restore_cached = lru_cache(maxsize=512)(_restore)
 
 
 def _sentence(error: ValidationError, root: str | None = None) -> str:

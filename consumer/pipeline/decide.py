@@ -88,9 +88,14 @@ def decide(strategy: str, steps: Sequence[StepView], lanes: Mapping[str, LaneSta
 
 
 def may_start(strategy: str, step: StepView, siblings: Iterable[StepView]) -> bool:
-    """Tell whether a due step may be claimed beside its siblings: first success runs one at a time."""
+    """Tell whether a due step may be claimed beside its siblings: first success runs one at a time.
+
+    One that was tried yields to one that became due after it, as its patience is over; else it would always be first.
+    """
     return strategy != "first_success" or not any(
-        other.state.in_flight for other in siblings if other.name != step.name
+        other.state.in_flight or (other.state is StepState.DUE and step.attempts > 0 and other.attempts == 0)
+        for other in siblings
+        if other.name != step.name
     )
 
 

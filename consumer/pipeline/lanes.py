@@ -62,6 +62,8 @@ class Lane:
     failures: int = 0
     #: until then, by the monotonic clock, a breaker that has opened may not stand in the store yet
     _opens_until: float = 0.0
+    #: until then the destination wants no request; the store may not know it yet
+    _closed_until: float = 0.0
 
     @classmethod
     def of(cls, caller: Caller, lease_margin_seconds: float) -> "Lane":
@@ -82,6 +84,8 @@ class Lane:
 
     def wanted(self, row: LaneRow | None, now: datetime) -> Wanted | None:
         """Say how much work may be claimed, given what the store knows of the lane."""
+        if time.monotonic() < self._closed_until:
+            return None
         if time.monotonic() < self._opens_until and (row is None or row.state is LaneState.ACTIVE):
             return None
         slots = self.free
@@ -111,6 +115,9 @@ class Lane:
     def end(self, claim: Claim, end: AttemptEnd | None, seconds: float, now: datetime) -> AttemptEnd | None:
         """Count an attempt that ended; add what it means for the lane. ``now`` is the store's time."""
         kind = Kind.NOTHING if end is None else kind_of(end)
+        if end is not None and end.lane is not None and end.lane.not_before is not None:
+            closed_until = time.monotonic() + (end.lane.not_before - now).total_seconds()
+            self._closed_until = max(self._closed_until, closed_until)
         self.limit.end(time.monotonic(), seconds, answered=kind is Kind.WELL, refused=kind is Kind.REFUSED)
         if end is None or kind is Kind.NOTHING:
             return end

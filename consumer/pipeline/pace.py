@@ -6,7 +6,7 @@ from consumer.store import lanes
 from consumer.store.connection import Database
 
 #: What the way to the server may take longer for one request than for the next must not eat into the spacing.
-JITTER_SECONDS = 0.03
+JITTER_SECONDS = 0.07
 
 
 class Pace:

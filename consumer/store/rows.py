@@ -68,8 +68,8 @@ LINK = "link"
 LINK_FAILED = "link_failed"
 
 #: Conversions of job ids: each record needs them a dozen times, and Python's own are slow.
-uuid_of = lru_cache(maxsize=8192)(UUID)
-text_of = lru_cache(maxsize=8192)(UUID.__str__)
+uuid_of = lru_cache(maxsize=2048)(UUID)
+text_of = lru_cache(maxsize=2048)(UUID.__str__)
 
 
 @dataclass(frozen=True, slots=True)

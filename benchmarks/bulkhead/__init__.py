@@ -1,0 +1,1 @@
+"""The proof that destinations are bulkheads: what is wrong with one stays with it."""
