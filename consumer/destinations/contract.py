@@ -22,13 +22,13 @@ from typing import Any, Literal, Protocol, runtime_checkable
 no_request_after: ContextVar[float] = ContextVar("no_request_after", default=math.inf)
 
 
-async def _at_once() -> None:
+async def at_once() -> None:
     """Stand in where no pace is kept (a destination called by hand)."""
 
 
 #: Awaited before each request by a destination with ``paces_requests = True``: waits for its turn among all
 #: processes, ``min_interval_seconds`` after the one before. Other paced destinations have whole attempts spaced.
-request_turn: ContextVar[Callable[[], Awaitable[None]]] = ContextVar("request_turn", default=_at_once)
+request_turn: ContextVar[Callable[[], Awaitable[None]]] = ContextVar("request_turn", default=at_once)
 
 Action = Literal["created", "updated", "unchanged", "linked", "none"]
 

@@ -4,6 +4,7 @@ This is the only place that runs plugin code while records are on their way.
 """
 
 import asyncio
+import hashlib
 import inspect
 import math
 import socket
@@ -27,6 +28,7 @@ from consumer.destinations.contract import (
     Partial,
     Present,
     Unsure,
+    at_once,
     no_request_after,
     request_turn,
 )
@@ -40,6 +42,8 @@ from consumer.telemetry import get_logger
 
 #: Longest ``code`` of an error that the store takes.
 CODE_LENGTH = 64
+#: Longest digest that it takes.
+DIGEST_LENGTH = 64
 
 _log = get_logger()
 
@@ -62,7 +66,7 @@ class Declined:
 class Caller:
     """Calls one destination's plugin; plain functions run in threads of their own."""
 
-    def __init__(self, destination: Registered, turn: Callable[[], Awaitable[None]] | None = None) -> None:
+    def __init__(self, destination: Registered, turn: Callable[[], Awaitable[None]] = at_once) -> None:
         self.destination = destination
         self._turn = turn
         self._threads = ThreadPoolExecutor(
@@ -133,8 +137,7 @@ class Caller:
 
     async def _call(self, ends_at: float, function: Callable[..., Any], *arguments: Any) -> Any:
         no_request_after.set(ends_at)
-        if self._turn is not None:
-            request_turn.set(self._turn)
+        request_turn.set(self._turn)
         if inspect.iscoroutinefunction(function):
             async with asyncio.timeout_at(ends_at):
                 return await function(*arguments)
@@ -216,8 +219,14 @@ def _converted(result: Any, name: str) -> ExportResult:
         timestamp=timestamp if isinstance(timestamp, datetime) else datetime.now(UTC),
         metadata=_json_object(getattr(result, "metadata", None)),
         action=action if action in get_args(Action) else None,
-        stored_sha256=storable(getattr(result, "stored_sha256", None)),
+        stored_sha256=_digest(getattr(result, "stored_sha256", None)),
     )
+
+
+def _digest(value: Any) -> str | None:
+    """Return a digest as the store can hold it; a longer name of it is told apart just as well by its own digest."""
+    text = storable(value)
+    return text if text is None or len(text) <= DIGEST_LENGTH else hashlib.sha256(text.encode()).hexdigest()
 
 
 def _json_object(value: Any) -> dict[str, Any]:

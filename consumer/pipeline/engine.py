@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from consumer.destinations.contract import ExportContext, ExportResult, Unsure
+from consumer.destinations.contract import ExportContext, ExportResult, Unsure, at_once
 from consumer.destinations.registry import Registered, Registry
 from consumer.errors import UnknownOutcome
 from consumer.pipeline.attempt import Caller, Declined, LeaseLostError, LeaseTooShortError, build_context
@@ -24,7 +24,7 @@ from consumer.pipeline.progress import Advanced, Progress
 from consumer.pipeline.signals import Signals, wait
 from consumer.store import jobs, lanes, rechecks, steps
 from consumer.store.connection import Connection, Database, DatabaseError
-from consumer.store.rows import AttemptEnd, Claim, JobRow, LaneChange, LaneRow, LaneState
+from consumer.store.rows import AttemptEnd, Claim, JobRow
 from consumer.store.steps import Wanted
 from consumer.telemetry import get_logger
 
@@ -82,13 +82,16 @@ class Engine:
 
     async def run(self) -> None:
         """Claim and run steps until ``stop``; results are written as they come, in groups."""
-        writer = asyncio.create_task(self._write_results())
+        writer, claiming = asyncio.create_task(self._write_results()), asyncio.create_task(self._claim_and_wait())
         try:
-            await self._claim_until_stopped()
-            self._claimed.set()
-            await self._stopped.wait()  # attempts that end within the grace have results too
+            await asyncio.wait({writer, claiming}, return_when=asyncio.FIRST_COMPLETED)
+            if writer.done():  # it never ends by itself: without it every step would stay running
+                writer.result()
+            await claiming
         finally:
-            with suppress(TimeoutError):  # a database that is away must not hold up the stop: recovery knows it
+            claiming.cancel()
+            # a writer that broke, or a database that is away, must not hold up the stop: recovery knows what is left
+            with suppress(TimeoutError):
                 async with asyncio.timeout(LAST_WRITE_SECONDS):
                     await self._results.join()
             writer.cancel()
@@ -96,6 +99,11 @@ class Engine:
                 await writer
             for caller in self.callers.values():
                 caller.close()
+
+    async def _claim_and_wait(self) -> None:
+        await self._claim_until_stopped()
+        self._claimed.set()
+        await self._stopped.wait()  # attempts that end within the grace have results too
 
     async def _claim_until_stopped(self) -> None:
         while not self._stopping:
@@ -141,10 +149,10 @@ class Engine:
         """Return how many attempts run now."""
         return len(self._running)
 
-    def _turn_of(self, destination: Registered) -> Callable[[], Awaitable[None]] | None:
+    def _turn_of(self, destination: Registered) -> Callable[[], Awaitable[None]]:
         interval = destination.lane.min_interval_seconds
         if not destination.paces_requests or interval <= 0:
-            return None
+            return at_once
         return Pace(self._database, destination.name, interval).turn
 
     # --- T2: claiming --------------------------------------------------------------------------------------
@@ -271,13 +279,16 @@ class Engine:
         if copy.unresolved_at is not None and copy.record_id is None and not destination.can_verify:
             return self._endings.unresolved(claim)
         is_there = copy.record_id is not None and copy.sent_sha256 == claim.job.record_sha256
+        if claim.step.links and not is_there:
+            return skipped(claim, "another build is there by now; its own step writes the links")
         if is_there and not claim.step.links and not destination.can_verify:
             # it cannot compare for itself, and a second export could become a second copy
             known = ExportResult(
                 success=True, destination_name=destination.name, record_id=copy.record_id,
                 record_url=copy.record_url, action="unchanged",
             )  # fmt: skip
-            return self._endings.of_attempt(claim, destination, known, started)
+            # without its links: they are not written, so they are still lacking
+            return self._endings.of_attempt(replace(claim, links={}), destination, known, started)
         context = await self.context_of(claim)
         ending = await self.callers[destination.name].export(context, claim.held_until)
         if isinstance(ending, Declined):
@@ -340,12 +351,9 @@ class Engine:
             await self._refuse(connection, [end for end in batch if id(end) not in held])
         written = [of_superseded(end) if current[end.claim.job.id].superseded_by else end for end in ends]
         await steps.write_ends(connection, written, now)
-        changes = {end.lane.destination: end.lane for end in written if end.lane is not None}
-        if changes:
-            before = await lanes.load(connection)
-            await lanes.change(connection, list(changes.values()), now, is_sqlite=self._database.is_sqlite)
-            if any(_changes_state(before.get(name), change) for name, change in changes.items()):
-                await jobs.decide_waiting_jobs(connection, now)
+        changes = [end.lane for end in written if end.lane is not None]
+        if await lanes.change(connection, changes, now, is_sqlite=self._database.is_sqlite):
+            await jobs.decide_waiting_jobs(connection, now)
         linked = await self._links.make_due(connection, written, now)
         moved = await self._progress.advance_loaded(connection, current.values(), now)
         # a retry may be due at once, and a copy that is free again may be what a newer build waits for
@@ -359,7 +367,3 @@ class Engine:
             _log.warning("result_refused", session=step.session, destination=step.destination,
                          reason="another process took the step over")  # fmt: skip
         await rechecks.ask_for(connection, refused)
-
-
-def _changes_state(before: LaneRow | None, change: LaneChange) -> bool:
-    return (before.state if before else LaneState.ACTIVE) is not change.state

@@ -21,6 +21,8 @@ TICK_SECONDS = 1.0
 HEARTBEAT_SECONDS = 5.0
 CHECK_SECONDS = 2.0
 DECISIONS = 500
+#: Longer than any transaction that may have overlooked a change of a lane.
+JUST_NOW = timedelta(seconds=5)
 
 _log = get_logger()
 
@@ -91,6 +93,9 @@ class Housekeeping:
                 self._begin_probe(lane)
         if not self._database.is_sqlite:
             async with self._database.write() as connection:
+                # a job that another process decided about while a lane changed did not see the change
+                if any(lane.since and now - lane.since < JUST_NOW for lane in states.values()):
+                    await jobs.decide_waiting_jobs(connection, now)
                 await self._abandon(connection, await self._database.now(connection), everything=False)
         await self._heartbeat(now)
         self._signals.steps.set()

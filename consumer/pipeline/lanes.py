@@ -7,13 +7,13 @@ breaker that counts calls would count retries that are rows here.
 
 import time
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from enum import Enum, auto
 
 from consumer.destinations.registry import Registered
 from consumer.pipeline.attempt import Caller
 from consumer.pipeline.limits import AdaptiveLimit
-from consumer.pipeline.retry import next_probe
+from consumer.pipeline.retry import PROBE_MAX_SECONDS, next_probe
 from consumer.store.rows import AttemptEnd, Claim, LaneChange, LaneRow, LaneState, StepState
 from consumer.store.steps import Wanted
 
@@ -23,6 +23,7 @@ FIRST_LIMIT = 8
 FAILURES_IN_A_ROW = 10
 #: By then the store surely knows that a breaker has opened.
 OPENING_SECONDS = 2.0
+LONG_AGO = datetime.min.replace(tzinfo=UTC)
 #: These say nothing of how much the destination bears: no answer came.
 _NOT_ANSWERED = frozenset({"cannot_connect", "timeout", "busy", "no_answer", "interrupted", "internal_error"})
 
@@ -60,10 +61,10 @@ class Lane:
     limit: AdaptiveLimit
     lease_seconds: float
     failures: int = 0
-    #: until then, by the monotonic clock, a breaker that has opened may not stand in the store yet
-    _opens_until: float = 0.0
+    #: until then a breaker that has opened may not stand in the store yet
+    _opens_until: datetime = LONG_AGO
     #: until then the destination wants no request; the store may not know it yet
-    _closed_until: float = 0.0
+    _closed_until: datetime = LONG_AGO
 
     @classmethod
     def of(cls, caller: Caller, lease_margin_seconds: float) -> "Lane":
@@ -80,25 +81,26 @@ class Lane:
     @property
     def free(self) -> int:
         """Return how many attempts may begin; threads that hang keep their slot."""
-        return max(0, self.limit.free - len(self.caller.hung))
+        threads = self.destination.lane.concurrency - self.limit.in_flight - len(self.caller.hung)
+        return max(0, min(self.limit.free, threads))
 
     def wanted(self, row: LaneRow | None, now: datetime) -> Wanted | None:
         """Say how much work may be claimed, given what the store knows of the lane."""
-        if time.monotonic() < self._closed_until:
+        if now < self._closed_until:
             return None
-        if time.monotonic() < self._opens_until and (row is None or row.state is LaneState.ACTIVE):
+        if now < self._opens_until and (row is None or row.state is LaneState.ACTIVE):
             return None
         slots = self.free
         spaced = self.destination.lane.min_interval_seconds > 0 and not self.destination.paces_requests
         probes = False
         if row is not None:
-            waits = [
-                moment for moment in (row.not_before, row.next_slot_at if spaced else None) if moment is not None
-            ]
+            waits = [moment for moment in (row.not_before, self._slot_of(row, now) if spaced else None) if moment]
             if any(moment > now for moment in waits) or row.state is LaneState.PAUSED:
                 return None
             if row.state is LaneState.OPEN:
-                if row.probe_at is None or row.probe_at > now:
+                # later than any probe is booked: the clock was set back
+                latest = now + timedelta(seconds=max(PROBE_MAX_SECONDS, self.lease_seconds))
+                if row.probe_at is None or now < row.probe_at <= latest:
                     return None
                 probes = True
         if slots <= 0:
@@ -108,6 +110,11 @@ class Lane:
             self.destination.can_verify, row.since if probes and row else None,
         )  # fmt: skip
 
+    def _slot_of(self, row: LaneRow, now: datetime) -> datetime | None:
+        """Return when the next attempt of a paced lane may start; one booked too far ahead is of a clock set back."""
+        latest = now + timedelta(seconds=self.destination.lane.min_interval_seconds)
+        return row.next_slot_at if row.next_slot_at and row.next_slot_at <= latest else None
+
     def begin(self) -> None:
         """Count an attempt that begins."""
         self.limit.begin(time.monotonic())
@@ -116,8 +123,7 @@ class Lane:
         """Count an attempt that ended; add what it means for the lane. ``now`` is the store's time."""
         kind = Kind.NOTHING if end is None else kind_of(end)
         if end is not None and end.lane is not None and end.lane.not_before is not None:
-            closed_until = time.monotonic() + (end.lane.not_before - now).total_seconds()
-            self._closed_until = max(self._closed_until, closed_until)
+            self._closed_until = max(self._closed_until, end.lane.not_before)
         self.limit.end(time.monotonic(), seconds, answered=kind is Kind.WELL, refused=kind is Kind.REFUSED)
         if end is None or kind is Kind.NOTHING:
             return end
@@ -125,6 +131,9 @@ class Lane:
             self.failures = 0
             closes = claim.probe_of is not None and end.lane is None
             return replace(end, lane=LaneChange(claim.step.destination, LaneState.ACTIVE)) if closes else end
+        if end.lane is not None and claim.probe_of is not None and end.lane.not_before is not None:
+            # it answers, and says itself when the next probe may come
+            return replace(end, lane=replace(end.lane, state=LaneState.OPEN, probe_at=end.lane.not_before))
         if end.lane is not None:
             return end  # it said itself when to come again
         self.failures += 1
@@ -138,5 +147,5 @@ class Lane:
         why = end.step.reason or end.step.error_code
         reason = f"still: {why}" if since else f"{self.failures} failures in a row, the last: {why}"
         self.failures = 0
-        self._opens_until = time.monotonic() + OPENING_SECONDS
+        self._opens_until = now + timedelta(seconds=OPENING_SECONDS)
         return LaneChange(self.destination.name, LaneState.OPEN, reason, None, next_probe(since or now, now))

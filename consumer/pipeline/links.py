@@ -32,7 +32,9 @@ def of_link(end: AttemptEnd) -> AttemptEnd:
         )
     log = replace(end.log, purpose=claim.step.purpose) if end.log else None
     copy = replace(end.copy, sent_sha256=None, build_time=None) if end.copy else None
-    return replace(end, step=step, log=log, copy=copy)
+    # what is not known of another build's request stays unknown
+    unresolved_at = end.unresolved_at or claim.copy.unresolved_at
+    return replace(end, step=step, log=log, copy=copy, unresolved_at=unresolved_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,8 @@ class Links:
         asked = set()
         if end.step.state is StepState.DONE and not end.claim.step.links:
             asked = {name for name, targets in self.targets.items() if own in targets}
-        if own in self.targets and end.step.state.terminal and end.step.error_code != LINK_FAILED:
+        wrote = end.copy is not None or not end.claim.step.links  # else asking again would have no end
+        if own in self.targets and end.step.state.terminal and wrote:
             asked.add(own)  # what it links to may have come while it ran
         return asked
 

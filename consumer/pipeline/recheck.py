@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
 
 from consumer.destinations.contract import Absent, ExportContext, Partial, Present
-from consumer.pipeline.attempt import Caller
+from consumer.pipeline.attempt import Caller, LeaseLostError
 from consumer.pipeline.ending import surplus_message
 from consumer.store import rechecks
 from consumer.store.connection import Database, DatabaseError
@@ -51,11 +52,11 @@ class Rechecks:
     async def run_once(self) -> int:
         """Look at one batch; returns how many were due."""
         async with self._database.read() as connection:
-            found = await rechecks.due(connection, await self._database.now(connection), BATCH)
-        usable = [claim for claim in found if claim.step.destination in self._callers]
-        for claim in usable:
-            await self._look(claim)
-        return len(usable)
+            found = await rechecks.due(connection, await self._database.now(connection), BATCH, sorted(self._callers))
+        for claim in found:
+            with suppress(LeaseLostError):  # a newer attempt has begun; its own last look-up follows
+                await self._look(claim)
+        return len(found)
 
     async def _look(self, claim: Claim) -> None:
         context = replace(await self._context_of(claim), purpose="recheck")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.dialects import postgresql, sqlite
@@ -32,11 +33,15 @@ async def load(connection: AsyncConnection) -> dict[str, LaneRow]:
 
 async def change(
     connection: AsyncConnection, changes: Sequence[LaneChange], now: datetime, *, is_sqlite: bool
-) -> None:
-    """Write lane changes; ``since`` stays when the state does, ``not_before`` only moves later."""
+) -> bool:
+    """Write lane changes one after the other; returns whether a lane has another state now.
+
+    ``since`` stays when the state does, ``not_before`` only moves later.
+    """
     before = await load(connection) if changes else {}
+    known = dict(before)
     for item in changes:
-        old = before.get(item.destination)
+        old = known.get(item.destination)
         # a wish to wait does not wake a paused lane, and a breaker does not hide that a person has to act
         keeps = item.not_before is not None or (item.state is LaneState.OPEN and old is not None
                                                 and old.state is LaneState.PAUSED)  # fmt: skip
@@ -44,14 +49,18 @@ async def change(
         since = old.since if old and old.state is state else now
         kept = old.not_before if old and old.not_before else None
         not_before = max(filter(None, (kept, item.not_before)), default=None)
-        values = {
+        values: dict[str, Any] = {
             "state": state,
             "reason": old.reason if old and keeps and old.state is not LaneState.ACTIVE else item.reason,
             "since": since,
             "not_before": not_before,
-            "probe_at": old.probe_at if old and keeps else item.probe_at,
+            "probe_at": item.probe_at or (old.probe_at if old and keeps else None),
         }
         await _upsert(connection, item.destination, values, is_sqlite=is_sqlite)
+        slot = old.next_slot_at if old else None
+        known[item.destination] = LaneRow(destination=item.destination, next_slot_at=slot, **values)
+    was = {name: lane.state for name, lane in before.items()}
+    return any(lane.state is not was.get(name, LaneState.ACTIVE) for name, lane in known.items())
 
 
 async def book_slot(connection: AsyncConnection, destination: str, at: datetime, *, is_sqlite: bool) -> None:

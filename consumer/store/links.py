@@ -44,7 +44,8 @@ async def finished_steps(
 
     None where a step is still to run: it writes the links itself.
     """
-    latest: dict[tuple[str, str], StepRow | None] = {}
+    latest: dict[tuple[str, str], StepRow] = {}
+    waiting: set[tuple[str, str]] = set()
     for part in _chunks(sessions):
         query = (
             select(steps)
@@ -55,10 +56,12 @@ async def finished_steps(
         for row in await connection.execute(query):
             key, step = (row.session, row.destination), step_row(row)
             if not step.state.terminal:
-                latest[key] = None
-            elif step.state is StepState.DONE and latest.get(key, step) is not None:
+                waiting.add(key)
+            elif step.state is StepState.DONE:
                 latest[key] = step
-    return [step for step in latest.values() if step is not None]
+            elif step.state is StepState.UNCERTAIN:  # nobody knows which build is there
+                latest.pop(key, None)
+    return [step for key, step in latest.items() if key not in waiting]
 
 
 _make_due = (

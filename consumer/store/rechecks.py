@@ -21,7 +21,7 @@ class Finding:
     message: str
 
 
-async def due(connection: AsyncConnection, now: datetime, limit: int) -> list[Claim]:
+async def due(connection: AsyncConnection, now: datetime, limit: int, names: Sequence[str]) -> list[Claim]:
     """Return copies whose last look-up is due and that nobody works on, with the step that made them."""
     # a step that is still to be tried again keeps its last look-up for its own end
     is_made = (
@@ -34,9 +34,11 @@ async def due(connection: AsyncConnection, now: datetime, limit: int) -> list[Cl
         )
         .exists()
     )
-    query = select(copies).where(copies.c.recheck_at <= now, copies.c.holder.is_(None), is_made).limit(limit)
+    query = select(copies).where(
+        copies.c.recheck_at <= now, copies.c.holder.is_(None), copies.c.destination.in_(names), is_made
+    )
     found = []
-    for copy in (await connection.execute(query)).all():
+    for copy in (await connection.execute(query.limit(limit))).all():
         made = (
             select(steps)
             .join(jobs, jobs.c.id == steps.c.job_id)

@@ -96,8 +96,9 @@ async def give_up(connection: AsyncConnection, late: Sequence[tuple[UUID, str]])
     endings = ((StepState.DUE, StepState.FAILED), (StepState.UNSETTLED, StepState.UNCERTAIN))
     links = steps.c.purpose == LINK
     for job, destination in late:
+        ended = 0
         for before, after in endings:
-            await connection.execute(
+            changed = await connection.execute(
                 update(steps)
                 .where(
                     steps.c.job_id == text_of(job), steps.c.destination == destination, steps.c.state == before
@@ -108,6 +109,9 @@ async def give_up(connection: AsyncConnection, late: Sequence[tuple[UUID, str]])
                     reason=func.coalesce(steps.c.reason, "nothing took it within NX_EXPORT_MAX_WAIT"),
                 )
             )  # fmt: skip
+            ended += changed.rowcount
+        if not ended:
+            continue  # it was claimed meanwhile: the attempt under way keeps its copy
         mine = and_(copies.c.holder == text_of(job), copies.c.destination == destination)
         # a look-up that is still under way must not end the step a second time: its fence is gone
         last_request = (

@@ -16,6 +16,7 @@ from sqlalchemy import (
     case,
     func,
     insert,
+    not_,
     or_,
     select,
     tuple_,
@@ -26,6 +27,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from consumer.store.jobs import step_row
 from consumer.store.rows import (
+    LINK,
     AttemptEnd,
     Claim,
     CopyRow,
@@ -57,6 +59,11 @@ async def due_steps(connection: AsyncConnection, wanted: Wanted, now: datetime, 
     With ``lock`` their jobs are locked too, so that two consumers never claim from one job at once.
     """
     same_copy = and_(copies.c.session == steps.c.session, copies.c.destination == steps.c.destination)
+    other = steps.alias()
+    flying = select(other.c.job_id).where(
+        other.c.job_id == steps.c.job_id, other.c.destination != steps.c.destination,
+        other.c.state.in_((StepState.RUNNING, StepState.UNSETTLED)), other.c.purpose != LINK,
+    )  # fmt: skip
     query = (
         select(steps)
         .join(jobs, jobs.c.id == steps.c.job_id)
@@ -66,6 +73,8 @@ async def due_steps(connection: AsyncConnection, wanted: Wanted, now: datetime, 
             steps.c.state.in_((StepState.DUE, StepState.UNSETTLED)),
             steps.c.next_attempt_at <= now,
             or_(copies.c.holder.is_(None), copies.c.holder == steps.c.job_id),
+            # what may not start yet must not stand in the way of what may
+            or_(jobs.c.strategy != "first_success", not_(flying.exists())),
         )
         .order_by(steps.c.next_attempt_at)
     )

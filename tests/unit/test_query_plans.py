@@ -30,7 +30,7 @@ QUERIES: dict[str, Query] = {
     "sent_hashes": lambda c: jobs.sent_hashes(c, "session"),
     "unsent": lambda c: outbox.unsent(c, NOW, 10),
     "has_letter": lambda c: outbox.has_letter(c, "0" * 64),
-    "rechecks": lambda c: rechecks.due(c, NOW, 10),
+    "rechecks": lambda c: rechecks.due(c, NOW, 10, ["cdcs"]),
 }
 
 
