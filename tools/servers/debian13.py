@@ -18,6 +18,8 @@ PROJECT = Path(__file__).resolve().parents[2]
 HOME = PROJECT / ".services" / "debian13"
 RELEASE = "trixie"
 MAKE_SECONDS = 900
+#: Most tests wait for servers; each process starts its own.
+PROCESSES = "3"
 ENVIRONMENT = "NEXUS_TEST_RABBITMQ_ROOT"
 
 
@@ -88,7 +90,7 @@ def main() -> int:
         print(f"debian13: {error}", file=sys.stderr)
         return 2
     tests = sys.argv[1:] or ["tests/integration"]
-    command = [sys.executable, "-m", "pytest", "-q", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", PROCESSES, "--dist", "loadfile", *tests]
     return subprocess.run(command, cwd=PROJECT, env={**os.environ, ENVIRONMENT: str(root)}, check=False).returncode
 
 
