@@ -68,7 +68,10 @@ class Engine:
         self._endings = Endings(settings.retry, database.clock)
         self._links = Links.of(registry.enabled)
         self.callers = {name: Caller(item, self._turn_of(item)) for name, item in registry.enabled.items()}
-        self.lanes = {name: Lane.of(caller, settings.lease_margin_seconds) for name, caller in self.callers.items()}
+        self.lanes = {
+            name: Lane.of(caller, settings.lease_margin_seconds, settings.retry.max_wait_seconds)
+            for name, caller in self.callers.items()
+        }
         self._running: dict[asyncio.Task[None], Claim] = {}
         self._results: asyncio.Queue[AttemptEnd] = asyncio.Queue()
         self._stopping = False
@@ -95,8 +98,7 @@ class Engine:
                 async with asyncio.timeout(LAST_WRITE_SECONDS):
                     await self._results.join()
             writer.cancel()
-            with suppress(asyncio.CancelledError):
-                await writer
+            await asyncio.wait({writer})
             for caller in self.callers.values():
                 caller.close()
 
@@ -279,7 +281,7 @@ class Engine:
         if copy.unresolved_at is not None and copy.record_id is None and not destination.can_verify:
             return self._endings.unresolved(claim)
         is_there = copy.record_id is not None and copy.sent_sha256 == claim.job.record_sha256
-        if claim.step.links and not is_there:
+        if claim.step.links and (not is_there or copy.unresolved_at is not None):
             return skipped(claim, "another build is there by now; its own step writes the links")
         if is_there and not claim.step.links and not destination.can_verify:
             # it cannot compare for itself, and a second export could become a second copy

@@ -60,18 +60,20 @@ class Lane:
     caller: Caller
     limit: AdaptiveLimit
     lease_seconds: float
+    longest_wait: timedelta
     failures: int = 0
     #: until then a breaker that has opened may not stand in the store yet
     _opens_until: datetime = LONG_AGO
-    #: until then the destination wants no request; the store may not know it yet
+    #: until then the store may not know yet that the destination wants no request
     _closed_until: datetime = LONG_AGO
 
     @classmethod
-    def of(cls, caller: Caller, lease_margin_seconds: float) -> "Lane":
+    def of(cls, caller: Caller, lease_margin_seconds: float, longest_wait_seconds: float) -> "Lane":
         """Return the lane of a destination."""
         settings = caller.destination.lane
         limit = AdaptiveLimit(settings.concurrency, min(settings.concurrency, FIRST_LIMIT))
-        return cls(caller, limit, settings.timeout_seconds + lease_margin_seconds)
+        lease_seconds = settings.timeout_seconds + lease_margin_seconds
+        return cls(caller, limit, lease_seconds, timedelta(seconds=longest_wait_seconds))
 
     @property
     def destination(self) -> Registered:
@@ -86,16 +88,17 @@ class Lane:
 
     def wanted(self, row: LaneRow | None, now: datetime) -> Wanted | None:
         """Say how much work may be claimed, given what the store knows of the lane."""
-        if now < self._closed_until:
+        soon = now + timedelta(seconds=OPENING_SECONDS)  # later ones are of a clock that was set back
+        if now < self._closed_until <= soon:
             return None
-        if now < self._opens_until and (row is None or row.state is LaneState.ACTIVE):
+        if now < self._opens_until <= soon and (row is None or row.state is LaneState.ACTIVE):
             return None
         slots = self.free
         spaced = self.destination.lane.min_interval_seconds > 0 and not self.destination.paces_requests
         probes = False
         if row is not None:
             waits = [moment for moment in (row.not_before, self._slot_of(row, now) if spaced else None) if moment]
-            if any(moment > now for moment in waits) or row.state is LaneState.PAUSED:
+            if any(now < moment <= now + self.longest_wait for moment in waits) or row.state is LaneState.PAUSED:
                 return None
             if row.state is LaneState.OPEN:
                 # later than any probe is booked: the clock was set back
@@ -123,7 +126,7 @@ class Lane:
         """Count an attempt that ended; add what it means for the lane. ``now`` is the store's time."""
         kind = Kind.NOTHING if end is None else kind_of(end)
         if end is not None and end.lane is not None and end.lane.not_before is not None:
-            self._closed_until = max(self._closed_until, end.lane.not_before)
+            self._closed_until = min(end.lane.not_before, now + timedelta(seconds=OPENING_SECONDS))
         self.limit.end(time.monotonic(), seconds, answered=kind is Kind.WELL, refused=kind is Kind.REFUSED)
         if end is None or kind is Kind.NOTHING:
             return end
