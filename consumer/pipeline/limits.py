@@ -14,6 +14,8 @@ DECREASE = 0.9
 #: Answers are slow when they take longer than usual by so many deviations, and by so much altogether.
 DEVIATIONS = 2.5
 SLOWER = 1.5
+#: Below this nobody suffers, and what varies is this process rather than the destination.
+SLOW_SECONDS = 0.25
 #: After so many quiet windows a limit that was refused is tried again; each refusal doubles it.
 PATIENCE_WINDOWS = 64
 PATIENCE_MAX_WINDOWS = 4096
@@ -29,7 +31,7 @@ class _Usual:
     def is_exceeded_by(self, seconds: float) -> bool:
         if self.mean is None:
             return False
-        return seconds >= max(self.mean + DEVIATIONS * math.sqrt(self.variance), SLOWER * self.mean)
+        return seconds >= max(self.mean + DEVIATIONS * math.sqrt(self.variance), SLOWER * self.mean, SLOW_SECONDS)
 
     def add(self, seconds: float) -> None:
         if self.mean is None:
