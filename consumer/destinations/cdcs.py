@@ -41,6 +41,7 @@ from consumer.destinations.contract import (
     Unsure,
 )
 from consumer.destinations.http import BaseUrl, TlsSettings
+from consumer.destinations.needed import not_given
 from consumer.errors import DestinationError, Misconfigured, Permanent, Transient
 from consumer.telemetry import get_logger
 
@@ -104,11 +105,7 @@ class Cdcs:
     @property
     def disabled_because(self) -> str:
         """Name the setting that is missing, or nothing."""
-        token = None if self._settings.token is None else self._settings.token.get_secret_value()
-        for name, value in (("NX_CDCS_TOKEN", token), ("NX_CDCS_URL", self._settings.url)):
-            if not value:
-                return f"{name} not configured" if value is None else f"{name} is empty"
-        return ""
+        return not_given({"NX_CDCS_TOKEN": self._settings.token, "NX_CDCS_URL": self._settings.url})
 
     @property
     def enabled(self) -> bool:

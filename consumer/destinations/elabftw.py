@@ -43,6 +43,7 @@ from consumer.destinations.elabftw_rules import (
     wanted_of,
 )
 from consumer.destinations.http import BaseUrl, HttpClient, TlsSettings
+from consumer.destinations.needed import not_given
 from consumer.errors import DestinationError, Misconfigured, Permanent, Transient, UnknownOutcome
 from consumer.telemetry import get_logger
 
@@ -100,11 +101,7 @@ class Elabftw:
     @property
     def disabled_because(self) -> str:
         """Name the setting that is missing, or nothing."""
-        key = None if self._settings.api_key is None else self._settings.api_key.get_secret_value()
-        for name, value in (("NX_ELABFTW_API_KEY", key), ("NX_ELABFTW_URL", self._settings.url)):
-            if not value:
-                return f"{name} not configured" if value is None else f"{name} is empty"
-        return ""
+        return not_given({"NX_ELABFTW_API_KEY": self._settings.api_key, "NX_ELABFTW_URL": self._settings.url})
 
     @property
     def enabled(self) -> bool:

@@ -52,6 +52,7 @@ from consumer.destinations.labarchives_rules import (
     username_of,
     web_url,
 )
+from consumer.destinations.needed import not_given
 from consumer.errors import DestinationError, Misconfigured, Permanent
 from consumer.telemetry import get_logger
 
@@ -139,10 +140,7 @@ class LabArchives:
             "NX_LABARCHIVES_USER_ID": given.user_id,
             "NX_LABARCHIVES_URL": given.url,
         }
-        for name, value in needed.items():
-            if not (_revealed(value) if isinstance(value, SecretStr) else value):
-                return f"{name} not configured" if value is None else f"{name} is empty"
-        return ""
+        return not_given(needed)
 
     @property
     def enabled(self) -> bool:
